@@ -1,0 +1,95 @@
+"""Typed columns with a role: ``EntityKeys`` asks for features, ``EventBatch`` brings rows of a view.
+
+Both are plain values over ``types.Column``; neither knows a store, a file or a wire.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featserve.errors import InvalidRequest, Violation, hint, invalid
+from featserve.types import Column, Type, column
+
+Int64s = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EntityKeys:
+    """The key columns of one request: ``columns`` by name, each of ``count`` values, none of them null."""
+
+    columns: Mapping[str, Column]
+    count: int
+
+    @classmethod
+    def of(cls, keys: Mapping[str, Column | Iterable[Any]], expected: Mapping[str, Type]) -> EntityKeys:
+        """Return checked keys from columns, lists or arrays by name.
+
+        ``expected``: every key column and its type. Raises InvalidRequest that names the column: missing, extra, of
+        another type, ragged, empty, or holding a null.
+        """
+        if len(keys) != len(expected) or any(name not in expected for name in keys):
+            raise key_names(keys, expected)
+        columns = {}
+        count = -1
+        for name, type_ in expected.items():
+            given = keys[name]
+            col = given if isinstance(given, Column) else column(type_, given, f"keys.{name}")
+            if col.type != type_:
+                raise invalid(f"keys.{name}", f"expected {type_}, got {col.type}")
+            if col.null_count:
+                assert col.valid is not None
+                raise invalid(f"keys.{name}", f"row {int(np.argmin(col.valid))} is null; a key has a value in every row")
+            if count not in (-1, len(col)):
+                raise ragged("keys", {n: len(c) for n, c in columns.items()} | {name: len(col)})
+            count = len(col)
+            columns[name] = col
+        if count == 0:
+            raise invalid("keys", "the batch is empty; send at least one row")
+        return cls(columns, count)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EventBatch:
+    """n rows of one feature view.
+
+    ``columns``: every key column and feature by name. ``event_time_us``, ``known_at_us`` and ``sequence``: int64 of
+    shape (n,), the three coordinates of a row (docs: semantics, clocks).
+    """
+
+    columns: Mapping[str, Column]
+    event_time_us: Int64s
+    known_at_us: Int64s
+    sequence: Int64s
+
+    def __len__(self) -> int:
+        return len(self.event_time_us)
+
+    def take(self, rows: Int64s) -> EventBatch:
+        """Return the rows at positions ``rows``, in that order."""
+        return EventBatch(
+            {name: col.take(rows) for name, col in self.columns.items()},
+            self.event_time_us[rows],
+            self.known_at_us[rows],
+            self.sequence[rows],
+        )
+
+
+def key_names(given: Iterable[str], expected: Mapping[str, Type]) -> InvalidRequest:
+    """Return the error for missing or extra key columns."""
+    violations = [
+        Violation(f"keys.{name}", f"missing key column {name!r} ({expected[name]})") for name in expected if name not in given
+    ] + [
+        Violation(f"keys.{name}", f"unknown key column {name!r}{hint(name, expected)}") for name in given if name not in expected
+    ]
+    return InvalidRequest("; ".join(v.description for v in violations), violations=violations)
+
+
+def ragged(where: str, lengths: Mapping[str, int]) -> InvalidRequest:
+    """Return the error for columns of different lengths."""
+    shown = ", ".join(f"{name} has {n:,}" for name, n in lengths.items())
+    return invalid(where, f"columns differ in length: {shown} rows")

@@ -1,0 +1,332 @@
+"""The types that a feature or a key can have, and ``Column``, the one in-memory form of their values.
+
+Knows NumPy and nothing else of the project but its errors. A column is Arrow's layout held in NumPy arrays, so it
+crosses to Arrow, to the wire and to a stored row without a loop over its cells.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featserve.errors import DefinitionError, InvalidRequest, hint
+
+Array = npt.NDArray[Any]
+Mask = npt.NDArray[np.bool_]
+
+NEVER_US = -(2**63)
+"""The event time of a row that does not exist (int64 microseconds)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Type:
+    """A value type.
+
+    ``code`` is its number in the wire contract and never changes. ``dtype`` is the NumPy dtype of one stored element,
+    None for the variable-width types. ``length`` is 1, or the number of elements of a vector.
+    """
+
+    name: str
+    code: int
+    dtype: np.dtype[Any] | None
+    length: int = 1
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __repr__(self) -> str:
+        return self.name
+
+    @property
+    def variable(self) -> bool:
+        """True for string and bytes: values of any length."""
+        return self.dtype is None
+
+    @property
+    def vector(self) -> bool:
+        return self.code == 9
+
+    @property
+    def floating(self) -> bool:
+        return self.dtype is not None and self.dtype.kind == "f"
+
+    @property
+    def width(self) -> int:
+        """Bytes of one value; 0 for the variable-width types."""
+        return 0 if self.dtype is None else self.dtype.itemsize * self.length
+
+
+Bool = Type("bool", 1, np.dtype("?"))
+Int32 = Type("int32", 2, np.dtype("<i4"))
+Int64 = Type("int64", 3, np.dtype("<i8"))
+Float32 = Type("float32", 4, np.dtype("<f4"))
+Float64 = Type("float64", 5, np.dtype("<f8"))
+String = Type("string", 6, None)
+Bytes = Type("bytes", 7, None)
+Timestamp = Type("timestamp", 8, np.dtype("<i8"))
+"""A UTC instant, int64 microseconds since the Unix epoch."""
+
+SCALARS = {t.name: t for t in (Bool, Int32, Int64, Float32, Float64, String, Bytes, Timestamp)}
+SCALARS_BY_CODE = {t.code: t for t in SCALARS.values()}
+VECTOR_CODE = 9
+MAX_VECTOR = 65_536
+
+
+def Vector(length: int) -> Type:  # noqa: N802 - reads as a type where it is used
+    """Return the type of a fixed-length float32 vector (an embedding) of ``length`` elements, 1 to 65,536."""
+    if isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= MAX_VECTOR:
+        raise DefinitionError(f"Vector({length!r}): the length is a whole number from 1 to {MAX_VECTOR:,}")
+    return Type(f"vector[{length}]", VECTOR_CODE, np.dtype("<f4"), length)
+
+
+def parse_type(name: str) -> Type:
+    """Return the type that ``str(type)`` gave ``name``; raises DefinitionError."""
+    if match := re.fullmatch(r"vector\[(\d+)\]", name):
+        return Vector(int(match[1]))
+    if name not in SCALARS:
+        raise DefinitionError(f"unknown type {name!r}{hint(name, [*SCALARS, 'vector[N]'])}")
+    return SCALARS[name]
+
+
+def type_of_code(code: int, length: int = 1) -> Type | None:
+    """Return the type with the wire ``code`` (and vector ``length``), None where there is none."""
+    if code == VECTOR_CODE:
+        return Vector(length)
+    return SCALARS_BY_CODE.get(code)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Column:
+    """n values of one type.
+
+    ``values``: shape (n,) of the type's dtype, (n, length) for a vector; for string and bytes the uint8 bytes of all
+    values one after the other. ``offsets``: int64 of shape (n + 1,), where each value starts and ends in them; None
+    for fixed-width types. ``valid``: bool of shape (n,), False where the value is null; None where no value is.
+    """
+
+    type: Type
+    values: Array
+    offsets: npt.NDArray[np.int64] | None = None
+    valid: Mask | None = None
+
+    def __len__(self) -> int:
+        return len(self.values) if self.offsets is None else len(self.offsets) - 1
+
+    @property
+    def null_count(self) -> int:
+        return 0 if self.valid is None else int(len(self.valid) - np.count_nonzero(self.valid))
+
+    def to_bytes_list(self) -> list[bytes]:
+        """Return the values of a string or bytes column, nulls as empty."""
+        assert self.offsets is not None
+        data, ends = self.values.tobytes(), self.offsets.tolist()
+        return [data[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+
+    def to_list(self) -> list[Any]:
+        """Return Python values, None for nulls: timestamps as aware datetimes, vectors as lists."""
+        values: list[Any]
+        if self.type is String:
+            values = [v.decode() for v in self.to_bytes_list()]
+        elif self.type is Bytes:
+            values = list(self.to_bytes_list())
+        elif self.type is Timestamp:
+            valid = self.valid
+            values = [
+                from_us(v) if valid is None or valid[i] else None for i, v in enumerate(self.values.tolist())
+            ]
+        else:
+            values = self.values.tolist()
+        if self.valid is not None:
+            values = [v if ok else None for v, ok in zip(values, self.valid.tolist(), strict=True)]
+        return values
+
+    def take(self, rows: npt.NDArray[np.int64]) -> Column:
+        """Return the column of the values at ``rows`` (int64 positions, in that order, repeats allowed)."""
+        valid = None if self.valid is None else self.valid[rows]
+        if self.offsets is None:
+            return Column(self.type, self.values[rows], None, valid)
+        starts = self.offsets[:-1][rows]
+        return gather(self.type, self.values, starts, self.offsets[1:][rows] - starts, valid)
+
+
+def gather(type: Type, data: Array, starts: Array, lengths: Array, valid: Mask | None = None) -> Column:
+    """Return the variable-width column whose value i is ``data[starts[i] : starts[i] + lengths[i]]``."""
+    offsets = np.zeros(len(starts) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    index = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
+    return Column(type, data[index], offsets, valid)
+
+
+def column(type: Type, values: Iterable[Any], what: str = "column") -> Column:
+    """Return a column of Python or NumPy ``values``; None (and, where no number is meant, NaN/NaT) is null.
+
+    Exact: an integer that does not fit, a float where an integer is meant, or a string where bytes are meant is an
+    InvalidRequest that names ``what`` and the row, never a silent conversion. Widening that loses nothing is allowed
+    (int to float64 below 2**53, int32 to int64).
+    """
+    if isinstance(values, np.ndarray) and values.dtype.kind != "O":
+        return _from_array(type, values, what)
+    items = list(values)
+    missing = [v is None or _is_nat(v) for v in items]
+    valid = None if not any(missing) else ~np.array(missing)
+    if type.variable:
+        encoded = [b"" if gone else _encode_text(type, v, what, i) for i, (v, gone) in enumerate(zip(items, missing, strict=True))]
+        offsets = np.zeros(len(items) + 1, np.int64)
+        np.cumsum([len(v) for v in encoded], out=offsets[1:])
+        return Column(type, np.frombuffer(b"".join(encoded), np.uint8), offsets, valid)
+    convert = _CONVERT[type.code]
+    filler: Any = [0.0] * type.length if type.vector else 0
+    cells = [filler if gone else convert(type, v, what, i) for i, (v, gone) in enumerate(zip(items, missing, strict=True))]
+    shape = (len(items), type.length) if type.vector else (len(items),)
+    return Column(type, np.array(cells, type.dtype).reshape(shape), None, valid)
+
+
+def _from_array(type: Type, values: Array, what: str) -> Column:
+    kind = values.dtype.kind
+    if type.vector:
+        if values.ndim != 2 or values.shape[1] != type.length or kind not in "fiu":
+            raise wrong(what, None, type, f"an array of shape {values.shape} and dtype {values.dtype}")
+        return Column(type, np.ascontiguousarray(values, type.dtype))
+    if values.ndim != 1:
+        raise wrong(what, None, type, f"an array of {values.ndim} dimensions")
+    if type.variable:
+        if kind not in ("U" if type is String else "S"):
+            raise wrong(what, None, type, f"an array of dtype {values.dtype}")
+        return column(type, values.tolist(), what)
+    if type is Timestamp:
+        if kind == "M":
+            gone = np.isnat(values)
+            micros = values.astype("<M8[us]").astype("<i8")
+            if gone.any():
+                return Column(type, np.where(gone, 0, micros), None, ~gone)
+            return Column(type, micros)
+        if kind not in "iu":
+            raise wrong(what, None, type, f"an array of dtype {values.dtype}")
+    allowed = {1: "b", 2: "iu", 3: "iu", 4: "fiu", 5: "fiu", 8: "iu"}[type.code]
+    if kind not in allowed:
+        raise wrong(what, None, type, f"an array of dtype {values.dtype}")
+    if values.dtype == type.dtype:
+        return Column(type, values)
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = values.astype(type.dtype)
+    if kind in "iu" and len(values):
+        # Compared as Python-exact integers: a round trip through a float would hide the loss.
+        lost = _lost(type, values, cast)
+        if lost.any():
+            row = int(np.argmax(lost))
+            raise wrong(what, row, type, f"{values[row]} (out of range)")
+    elif kind == "f" and len(values):
+        lost = np.isinf(cast) & ~np.isinf(values)
+        if lost.any():
+            row = int(np.argmax(lost))
+            raise wrong(what, row, type, f"{values[row]} (out of range)")
+    return Column(type, cast)
+
+
+def _lost(type: Type, values: Array, cast: Array) -> Mask:
+    if type.floating:
+        bound = 2**24 if type is Float32 else 2**53
+        return np.asarray((values > bound) | (values < -bound) if values.dtype.kind == "i" else values > bound)
+    low, high = np.iinfo(cast.dtype).min, np.iinfo(cast.dtype).max
+    if values.dtype.kind == "u":
+        return np.asarray(values > np.uint64(high))
+    return np.asarray((values < low) | (values > high))
+
+
+def wrong(what: str, row: int | None, type: Type, got: str) -> InvalidRequest:
+    """Return the error for a value that is not of ``type``: ``rows[3].temp: expected float32, got 'x'``."""
+    from featserve.errors import invalid
+
+    where = what if row is None else f"{what}[{row}]"
+    return invalid(where, f"expected {type}, got {got}")
+
+
+def _encode_text(type: Type, value: object, what: str, row: int) -> bytes:
+    if type is String and isinstance(value, str):
+        try:
+            return value.encode()
+        except UnicodeEncodeError:
+            raise wrong(what, row, type, f"{value!r} (not valid Unicode)") from None
+    if type is Bytes and isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value)
+    raise wrong(what, row, type, _show(value))
+
+
+def _to_bool(type: Type, value: Any, what: str, row: int) -> bool:
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    raise wrong(what, row, type, _show(value))
+
+
+def _to_int(type: Type, value: Any, what: str, row: int) -> int:
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        assert type.dtype is not None
+        info = np.iinfo(type.dtype)
+        if info.min <= int(value) <= info.max:
+            return int(value)
+        raise wrong(what, row, type, f"{value} (out of range)")
+    raise wrong(what, row, type, _show(value))
+
+
+def _to_float(type: Type, value: Any, what: str, row: int) -> float:
+    if isinstance(value, float | int | np.floating | np.integer) and not isinstance(value, bool):
+        result = float(value) if abs(value) < 2**1023 or value != value else float(np.float64(value))
+        if type is Float32 and abs(result) != float("inf") and abs(result) > float(np.finfo(np.float32).max):
+            raise wrong(what, row, type, f"{value} (out of range)")
+        return result
+    raise wrong(what, row, type, _show(value))
+
+
+def _to_timestamp(type: Type, value: Any, what: str, row: int) -> int:
+    if isinstance(value, datetime):
+        return to_us(value)
+    if isinstance(value, np.datetime64):
+        return int(value.astype("M8[us]").astype(np.int64))
+    return _to_int(type, value, what, row)
+
+
+def _to_vector(type: Type, value: Any, what: str, row: int) -> list[float]:
+    if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes):
+        if len(value) != type.length:
+            raise wrong(what, row, type, f"{len(value)} elements")
+        return [_to_float(Float32, v, what, row) for v in value]
+    raise wrong(what, row, type, _show(value))
+
+
+_CONVERT = {1: _to_bool, 2: _to_int, 3: _to_int, 4: _to_float, 5: _to_float, 8: _to_timestamp, 9: _to_vector}
+
+
+def _show(value: object) -> str:
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({value.__class__.__name__})"
+
+
+def _is_nat(value: object) -> bool:
+    return value.__class__.__name__ in ("NaTType", "NAType") or (isinstance(value, np.datetime64) and bool(np.isnat(value)))
+
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def to_us(instant: datetime) -> int:
+    """Return microseconds since the Unix epoch, exactly. A naive datetime means UTC."""
+    if instant.tzinfo is None:
+        instant = instant.replace(tzinfo=UTC)
+    delta = instant - EPOCH
+    return (delta.days * 86_400 + delta.seconds) * 1_000_000 + delta.microseconds
+
+
+def from_us(us: int) -> datetime | None:
+    """Return the aware UTC datetime of ``us`` microseconds since the epoch; None outside of years 1 to 9999."""
+    from datetime import timedelta
+
+    try:
+        return EPOCH + timedelta(microseconds=us)
+    except OverflowError:
+        return None
