@@ -1,0 +1,293 @@
+"""Batches of rows and keys, to and from the bytes that a store holds.
+
+A row is a fixed part, the same length for every row of a view version, then the bytes of its strings:
+
+    offset  bytes              what
+    0       1                  0xF5
+    1       1                  format version, 1
+    2       2                  zero
+    4       4                  fingerprint: the first 4 bytes of the view's content hash
+    8       8 + 8 + 8          event time, known at, sequence: the row's stamp
+    32      8 * ceil(F / 64)   validity: bit i % 64 of word i / 64 is 0 where feature i (in declared order) is null
+    ...                        float64s, int64s and timestamps, float32s and vectors, int32s, bools: a run for each dtype
+    ...     4 * S              where each string or bytes value ends, counted from the end of the fixed part
+    ...                        the bytes of the strings, in declared order
+
+The header, up to and with the validity, is big-endian words of 8 bytes; the rest is little-endian. The stamp's three
+int64 have the sign bit flipped, so that a store orders rows by comparing ``row[8:32]`` as bytes and needs to know
+nothing else of them. As every word of an ordinary row lies in a known range (the right fingerprint, times that are
+visible now, every feature valid), one comparison of all words tells that a batch is ordinary. A null's place holds the
+feature's default (NaN, zero or nothing where it has none), so reading needs no pass for nulls.
+
+A key is the view's prefix, then its key columns in order: big-endian integers; strings with their length in front, but
+for the last column, which ends where the key ends. Equal keys are equal values; different values never collide.
+
+Batches are encoded and decoded as arrays; nothing here touches one cell at a time. Knows no store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from featserve.batch import EventBatch, Int64s
+from featserve.definitions import FeatureView, Field
+from featserve.errors import CorruptRow, invalid
+from featserve.types import Array, Bytes, Column, Mask, Type, column, gather
+
+MAGIC = 0xF5
+VERSION = 1
+STAMP = slice(8, 32)
+PREFIX_BYTES = 8
+MAX_KEY_BYTES = 4_096
+MAX_ROW_BYTES = 64 << 20
+BLOCK_ROWS = 4_096
+"""Rows encoded at once: a block stays in the processor's cache while its columns are written across it."""
+
+_SIGN = np.uint64(1 << 63)
+_RAW = {width: np.dtype(f"V{width}") for width in (1, 4, 8)}
+# One run of values for each stored dtype, widest first.
+_RUNS = ("<f8", "<i8", "<f4", "<i4", "|b1")
+
+
+def key_prefix(view: FeatureView) -> bytes:
+    """Return the 8 bytes that start every key of a view version: a hash of its name, version and content hash."""
+    return hashlib.sha256(f"{view.id}:{view.hash}".encode()).digest()[:PREFIX_BYTES]
+
+
+def encode_keys(columns: Sequence[Column]) -> list[bytes]:
+    """Return the keys of n entities, without a prefix, from their key columns in the entity's order."""
+    last = len(columns) - 1
+    parts = [_key_part(col, i == last) for i, col in enumerate(columns)]
+    return parts[0] if last == 0 else [b"".join(part) for part in zip(*parts, strict=True)]
+
+
+def _key_part(col: Column, last: bool) -> list[bytes]:
+    if col.offsets is None:
+        return col.values.byteswap().view(_RAW[col.values.itemsize]).tolist()
+    values = col.to_bytes_list()
+    if last:
+        return values
+    return [len(v).to_bytes(4, "big") + v for v in values]
+
+
+def check_key_sizes(columns: Mapping[str, Column]) -> None:
+    """Refuse a key value over 4,096 bytes, naming its column and row."""
+    for name, col in columns.items():
+        if col.offsets is not None and len(col.values) > MAX_KEY_BYTES:
+            lengths = np.diff(col.offsets)
+            row = int(np.argmax(lengths))
+            if lengths[row] > MAX_KEY_BYTES:
+                raise invalid(f"keys.{name}", f"row {row} is {lengths[row]:,} bytes long; the most is {MAX_KEY_BYTES:,}")
+
+
+class RowCodec:
+    """Encodes and decodes the rows of one view version."""
+
+    def __init__(self, view: FeatureView) -> None:
+        self.view = view.id
+        self.features = tuple(view.features)
+        runs: dict[str, list[Field]] = {run: [] for run in _RUNS}
+        self.variable: tuple[str, ...] = tuple(f.name for f in self.features if f.type.variable)
+        for f in self.features:
+            if f.type.dtype is not None:
+                runs[f.type.dtype.str].append(f)
+        self.place: dict[str, tuple[str, int]] = {}
+        """Where a feature is: its run and its first element there; for strings "ends" and its number."""
+        words = 4 + (len(self.features) + 63) // 64
+        fields: list[tuple[Any, ...]] = [("words", ">u8", (words,))]
+        for run, members in runs.items():
+            at = 0
+            for f in members:
+                self.place[f.name] = (run, at)
+                at += f.type.length
+            if at:
+                fields.append((run, run, (at,)))
+        for i, name in enumerate(self.variable):
+            self.place[name] = ("ends", i)
+        if self.variable:
+            fields.append(("ends", "<u4", (len(self.variable),)))
+        self.dtype = np.dtype(fields)
+        self.width = self.dtype.itemsize
+        self.head = bytes([MAGIC, VERSION, 0, 0]) + bytes.fromhex(view.hash)[:4]
+        ones = np.ones((1, len(self.features)), np.bool_)
+        self.lowest = np.concatenate([_words(self.head), [0, 0, 0], _pack(ones)[0]]).astype(np.uint64)
+        """The least header of an ordinary row: uint64 of shape (words,)."""
+        self.highest = self.lowest.copy()
+        self.highest[1:4] = 2**64 - 1
+        self.defaults = {f.name: column(f.type, [f.value(f.default)]) for f in self.features if f.default is not None}
+        nothing = np.zeros(1, np.int64)
+        self.absent = self.encode(
+            EventBatch({f.name: _nulls(f.type) for f in self.features}, nothing, nothing, nothing)
+        )[0]
+        """The row that stands for one that does not exist: every feature null, its default in its place."""
+
+    def encode(self, batch: EventBatch) -> list[bytes]:
+        """Return the n rows of ``batch``, whose columns are of the view's types."""
+        rows: list[bytes] = []
+        for start in range(0, len(batch), BLOCK_ROWS):
+            rows += self._encode_block(batch, slice(start, start + BLOCK_ROWS))
+        return rows
+
+    def _encode_block(self, batch: EventBatch, block: slice) -> list[bytes]:
+        times = [t[block] for t in (batch.event_time_us, batch.known_at_us, batch.sequence)]
+        n = len(times[0])
+        rows = np.zeros(n, self.dtype)
+        words = rows["words"]
+        words[:, 0] = self.lowest[0]
+        for i, values in enumerate(times):
+            words[:, i + 1] = values.view(np.uint64) ^ _SIGN
+        validity = np.ones((n, len(self.features)), np.bool_)
+        for i, f in enumerate(self.features):
+            col = batch.columns[f.name]
+            if col.valid is not None:
+                validity[:, i] = col.valid[block]
+            if not f.type.variable:
+                run, at = self.place[f.name]
+                rows[run][:, at : at + f.type.length] = self._filled(f, col, block).reshape(n, -1)
+        words[:, 4:] = _pack(validity)
+        if not self.variable:
+            return rows.view(f"V{self.width}").tolist()
+        return self._with_strings(rows, batch, block)
+
+    def _filled(self, f: Field, col: Column, block: slice) -> Array:
+        """Return the block's values with the default, NaN or zero in the place of the nulls."""
+        values = col.values[block]
+        if col.valid is None:
+            return values
+        default = self.defaults.get(f.name)
+        filler = default.values[0] if default is not None else np.nan if f.type.floating else 0
+        valid = col.valid[block]
+        return np.where(valid[:, None] if f.type.vector else valid, values, np.asarray(filler, values.dtype))
+
+    def _with_strings(self, rows: Array, batch: EventBatch, block: slice) -> list[bytes]:
+        """Return the rows with the bytes of their strings behind the fixed part, interleaved in one gather."""
+        pools: list[Array] = []
+        base = 0
+        shape = (len(rows), len(self.variable))
+        starts, lengths = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        for i, name in enumerate(self.variable):
+            col = batch.columns[name]
+            assert col.offsets is not None
+            first, stop = col.offsets[:-1][block], col.offsets[1:][block]
+            data = col.values[first[0] : stop[-1]]
+            filler = self.defaults[name].values if name in self.defaults else np.zeros(0, np.uint8)
+            begin, length = first - first[0], stop - first
+            if col.valid is not None:
+                begin = np.where(col.valid[block], begin, len(data))
+                length = np.where(col.valid[block], length, len(filler))
+            starts[:, i], lengths[:, i] = begin + base, length
+            pools += [data, filler]
+            base += len(data) + len(filler)
+        ends = np.cumsum(lengths, axis=1)
+        if int(ends[:, -1].max()) > MAX_ROW_BYTES:
+            row = block.start + int(ends[:, -1].argmax())
+            raise invalid(f"rows[{row}]", f"its strings are over {MAX_ROW_BYTES >> 20} MiB together")
+        rows["ends"] = ends
+        joined = gather(Bytes, np.concatenate(pools), starts.ravel(), lengths.ravel()).values.tobytes()
+        stops = np.cumsum(ends[:, -1]).tolist()
+        fixed: list[bytes] = rows.view(f"V{self.width}").tolist()
+        return [f + joined[a:b] for f, a, b in zip(fixed, [0, *stops], stops, strict=False)]
+
+    def decode(self, rows: Sequence[bytes]) -> Rows:
+        """Return ``rows`` as arrays.
+
+        Raises CorruptRow for a row that is truncated. Its head is not looked at: ``check_heads`` does, or the caller.
+        """
+        width = self.width
+        if not self.variable:
+            data = b"".join(rows)
+            if len(data) != len(rows) * width or (len(rows) > 1 and set(map(len, rows)) != {width}):
+                raise self.corrupt(rows)
+            return Rows(np.frombuffer(data, self.dtype), None, None)
+        data = b"".join([row[:width] for row in rows])
+        if len(data) != len(rows) * width:
+            raise self.corrupt(rows)
+        fixed = np.frombuffer(data, self.dtype)
+        lengths = np.fromiter(map(len, rows), np.int64, len(rows)) - width
+        ends = fixed["ends"]
+        if (ends[:, -1] != lengths).any() or (ends.shape[1] > 1 and (ends[:, 1:] < ends[:, :-1]).any()):
+            raise self.corrupt(rows)
+        strings = np.frombuffer(b"".join([row[width:] for row in rows]), np.uint8)
+        return Rows(fixed, strings, np.cumsum(lengths) - lengths)
+
+    def check_heads(self, decoded: Rows, rows: Sequence[bytes]) -> None:
+        """Raise CorruptRow where a row is foreign: of another definition, another format, or no row at all."""
+        if (decoded.fixed["words"][:, 0] != self.lowest[0]).any():
+            raise self.corrupt(rows)
+
+    def corrupt(self, rows: Sequence[bytes]) -> CorruptRow:
+        """Say which row is wrong, and how."""
+        for i, row in enumerate(rows):
+            problem = self._problem(row)
+            if problem:
+                return CorruptRow(f"view {self.view}: stored row {i} of the batch {problem}; materialize the view again")
+        return CorruptRow(f"view {self.view}: a stored row is damaged; materialize the view again")
+
+    def _problem(self, row: bytes) -> str | None:
+        if len(row) < 8 or row[0] != MAGIC:
+            return f"is not a featserve row (it starts with {row[:8].hex() or 'nothing'})"
+        if row[1] != VERSION:
+            return f"has row format {row[1]}, and this featserve reads format {VERSION}"
+        head = self.head
+        if row[4:8] != head[4:8]:
+            return f"was written under another definition (fingerprint {row[4:8].hex()}, not {head[4:8].hex()})"
+        if len(row) < self.width:
+            return f"is truncated: {len(row)} of {self.width} bytes"
+        ends = np.frombuffer(row[: self.width], self.dtype)["ends"][0].tolist() if self.variable else [0]
+        if len(row) != self.width + ends[-1] or ends != sorted(ends):
+            return f"is {len(row)} bytes long and should be {self.width + ends[-1]}"
+        return None if row[:8] == head else "has a damaged header"
+
+
+class Rows:
+    """The decoded rows of one view: structured fixed parts (n,), and the string bytes with each row's start in them."""
+
+    __slots__ = ("_base", "_data", "fixed")
+
+    def __init__(self, fixed: Array, data: Array | None, base: Int64s | None) -> None:
+        self.fixed, self._data, self._base = fixed, data, base
+
+    def times(self) -> tuple[Int64s, Int64s]:
+        """Return the event times and the known-at times, int64 microseconds of shape (n,)."""
+        words = self.fixed["words"]
+        return (words[:, 1] ^ _SIGN).view(np.int64), (words[:, 2] ^ _SIGN).view(np.int64)
+
+    def validity(self, features: int) -> Mask:
+        """Return bool of shape (n, features), False where a stored value is null."""
+        words = np.ascontiguousarray(self.fixed["words"][:, 4:]).astype("<u8").view(np.uint8)
+        return np.unpackbits(words, axis=1, count=features, bitorder="little").view(np.bool_)
+
+    def column(self, type: Type, place: tuple[str, int], valid: Mask | None) -> Column:
+        """Return one feature as a column, its default where it is null."""
+        run, at = place
+        if run != "ends":
+            values = self.fixed[run][:, at : at + type.length] if type.vector else self.fixed[run][:, at]
+            return Column(type, np.ascontiguousarray(values), None, valid)
+        assert self._data is not None and self._base is not None
+        ends = self.fixed["ends"].astype(np.int64)
+        starts = ends[:, at - 1] if at else np.zeros(len(ends), np.int64)
+        return gather(type, self._data, self._base + starts, ends[:, at] - starts, valid)
+
+
+def _words(head: bytes) -> Array:
+    return np.frombuffer(head, ">u8").astype(np.uint64)
+
+
+def _pack(validity: Mask) -> Array:
+    """Return bool of shape (n, features) as uint64 words of shape (n, ceil(features / 64))."""
+    packed = np.packbits(validity, axis=1, bitorder="little")
+    padded = np.zeros((len(packed), -(-packed.shape[1] // 8) * 8), np.uint8)
+    padded[:, : packed.shape[1]] = packed
+    return padded.view("<u8").astype(np.uint64)
+
+
+def _nulls(type: Type) -> Column:
+    """Return a column of one null."""
+    valid = np.zeros(1, np.bool_)
+    if type.variable:
+        return Column(type, np.zeros(0, np.uint8), np.zeros(2, np.int64), valid)
+    return Column(type, np.zeros((1, type.length) if type.vector else 1, type.dtype), None, valid)

@@ -1,0 +1,162 @@
+"""The engine: a store and a compiled snapshot of definitions; reads plans into matrices and writes batches of rows.
+
+The one way to the store, for the server and in process alike. It knows no transport, reads no clock (``now_us`` is a
+parameter) and, on the read path, looks up no definition, takes no lock and touches no cell on its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from featserve.batch import EntityKeys, EventBatch
+from featserve.checks import check_rows
+from featserve.codec import Rows, check_key_sizes, encode_keys
+from featserve.matrix import FeatureMatrix, Status
+from featserve.plan import ReadPlan, ViewRead, WritePlan
+from featserve.schema import ServiceSchema
+from featserve.store import OnlineStore
+from featserve.types import NEVER_US, Array, Column, Float32, Mask
+
+
+def read(
+    store: OnlineStore, plan: ReadPlan, keys: EntityKeys, now_us: int, *, event_times: bool = False
+) -> FeatureMatrix:
+    """Return the features of ``plan`` for ``keys`` at the instant ``now_us``, with one read of the store.
+
+    ``event_times``: also return them. Raises CorruptRow or StoreError.
+    """
+    check_key_sizes(keys.columns)
+    found = _read_distinct(store, _encode(plan, keys))
+    rows, schema = keys.count, plan.schema
+    status = np.empty((rows, len(plan.views)), np.uint8)
+    status.fill(1)  # Status.PRESENT
+    answer = _Answer(
+        np.empty((rows, schema.width), schema.numpy_dtype),
+        [None] * len(schema.column_features),
+        status,
+        None,
+        np.empty((rows, len(plan.views)), np.int64) if event_times else None,
+    )
+    start = 0
+    for i, view in enumerate(plan.views):
+        stop = start + rows
+        _fill(answer, i, view, found[start:stop], now_us, schema)
+        start = stop
+    columns: Any = tuple(answer.columns)
+    return FeatureMatrix(schema, answer.values, columns, status, answer.valid, answer.times)
+
+
+def _encode(plan: ReadPlan, keys: EntityKeys) -> list[bytes]:
+    """Return the store's keys, view by view; views of one entity share the encoding of its columns."""
+    parts: dict[tuple[str, ...], list[bytes]] = {}
+    wanted: list[bytes] = []
+    for view in plan.views:
+        part = parts.get(view.keys)
+        if part is None:
+            part = parts[view.keys] = encode_keys([keys.columns[name] for name in view.keys])
+        prefix = view.prefix
+        wanted += [prefix + key for key in part]
+    return wanted
+
+
+def _read_distinct(store: OnlineStore, keys: list[bytes]) -> list[bytes | None]:
+    """Read each distinct key once: rows of a batch often share an entity."""
+    if len(keys) < 8:
+        return store.read_many(keys)
+    distinct = list(dict.fromkeys(keys))
+    if len(distinct) == len(keys):
+        return store.read_many(keys)
+    found = dict(zip(distinct, store.read_many(distinct), strict=True))
+    return [found[key] for key in keys]
+
+
+@dataclass(slots=True)
+class _Answer:
+    """The arrays of one answer while its views are filled in."""
+
+    values: Array
+    columns: list[Column | None]
+    status: Array
+    valid: Mask | None
+    times: Array | None
+
+
+def _fill(
+    answer: _Answer, i: int, view: ViewRead, found: list[bytes | None], now_us: int, schema: ServiceSchema
+) -> None:
+    """Put the rows of view ``i`` in their places."""
+    codec = view.codec
+    missing = None in found
+    rows: Any = [codec.absent if row is None else row for row in found] if missing else found
+    decoded = codec.decode(rows)
+    valid = None
+    if missing or not _ordinary(decoded, view, now_us):
+        codec.check_heads(decoded, rows)
+        hidden = _hide(answer, i, view, found, decoded, now_us)
+        if hidden.any():
+            decoded = codec.decode([codec.absent if h else r for r, h in zip(rows, hidden.tolist(), strict=True)])
+        if answer.valid is None:
+            answer.valid = np.ones((len(found), len(schema.features)), np.bool_)
+        valid = answer.valid
+        valid[:, view.targets] = decoded.validity(len(codec.features))[:, view.sources]
+    elif answer.times is not None:
+        answer.times[:, i] = decoded.times()[0]
+    for run, source, target in view.tensor:
+        if run == "<f8" and schema.dtype is Float32:
+            with np.errstate(over="ignore"):  # what float32 cannot hold is served as infinity
+                answer.values[:, target] = decoded.fixed[run][:, source]
+        else:
+            answer.values[:, target] = decoded.fixed[run][:, source]
+    for index, type_, place, position in view.columns:
+        answer.columns[index] = decoded.column(type_, place, None if valid is None else valid[:, position])
+
+
+def _ordinary(decoded: Rows, view: ViewRead, now_us: int) -> bool:
+    """Say whether every row has the right head, is visible now and holds no null, by one comparison of its words."""
+    lowest, highest = view.codec.lowest.copy(), view.codec.highest.copy()
+    highest[1] = highest[2] = now_us + 2**63
+    if view.ttl_us is not None:
+        lowest[1] = max(now_us - view.ttl_us + 2**63, 0)
+    return not np.count_nonzero(decoded.fixed["words"].astype(np.uint64) - lowest > highest - lowest)
+
+
+def _hide(
+    answer: _Answer, i: int, view: ViewRead, found: list[bytes | None], decoded: Rows, now_us: int
+) -> Mask:
+    """Note why rows are not visible; return which are not, bool of shape (n,)."""
+    event, known = decoded.times()
+    gone = (event > now_us) | (known > now_us)
+    gone |= np.fromiter((row is None for row in found), np.bool_, len(found))
+    hidden = gone if view.ttl_us is None else gone | (event < now_us - view.ttl_us)
+    answer.status[hidden, i] = Status.EXPIRED
+    answer.status[gone, i] = Status.NOT_FOUND
+    if answer.times is not None:
+        answer.times[:, i] = np.where(gone, NEVER_US, event)
+    return hidden
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a write did: ``rows`` were taken, ``stored`` of them are now the newest of their entity."""
+
+    rows: int
+    stored: int
+
+
+def write(store: OnlineStore, plan: WritePlan, batch: EventBatch, latest_us: int) -> Written:
+    """Check a batch of a view's rows and write it atomically.
+
+    ``latest_us``: the last instant that an event time or known-at may be. Raises InvalidRequest that names row, column
+    and reason, and writes nothing; StoreError where the store cannot.
+    """
+    check_rows(plan.view, batch, latest_us)
+    return Written(len(batch), store.write_many(*encode_rows(plan, batch)))
+
+
+def encode_rows(plan: WritePlan, batch: EventBatch) -> tuple[list[bytes], list[bytes]]:
+    """Return the store's keys and rows of a checked batch."""
+    keys = encode_keys([batch.columns[name] for name in plan.view.entity.keys])
+    return [plan.prefix + key for key in keys], plan.codec.encode(batch)

@@ -1,0 +1,78 @@
+"""The ``OnlineStore`` protocol: what every store does with keys and rows that it does not understand.
+
+A store keeps, for each key, the row with the greatest stamp (``codec.STAMP``, compared as bytes), whatever the order of
+arrival. Batch read and batch write are the primitives; backends are named only in ``open_store``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Literal, Protocol
+
+from featserve.codec import STAMP
+
+Access = Literal["write", "read"]
+
+
+class Load(Protocol):
+    """A bulk load under way: nothing of it is visible before ``OnlineStore.load`` ends without an error."""
+
+    def add(self, keys: Sequence[bytes], rows: Sequence[bytes]) -> None:
+        """Add rows, in any order, keys repeated or not."""
+
+
+class OnlineStore(Protocol):
+    """Keys to rows."""
+
+    def read_many(self, keys: list[bytes]) -> list[bytes | None]:
+        """Return the row of each key, None where there is none, in the order of ``keys``."""
+
+    def write_many(self, keys: Sequence[bytes], rows: Sequence[bytes]) -> int:
+        """Write rows atomically, each where no row with a greater stamp is; return how many were.
+
+        Keys may repeat. On return the rows would survive the death of the process, or with the durability "fsync"
+        that of the machine. Safe to call from several threads.
+        """
+
+    def load(self) -> AbstractContextManager[Load]:
+        """Start a bulk load; it becomes visible as a whole when the context ends, and not at all on an error.
+
+        The ordering rule holds against rows that are written meanwhile.
+        """
+
+    def count(self, prefix: bytes) -> int:
+        """Return the number of keys that start with ``prefix``; reads all of them."""
+
+    def size_bytes(self) -> int:
+        """Return the bytes that the store takes on disk or in memory."""
+
+    def close(self) -> None:
+        """Close it; what was written stays. Closing twice is allowed."""
+
+
+def newest(keys: Sequence[bytes], rows: Sequence[bytes]) -> dict[bytes, bytes]:
+    """Return the row with the greatest stamp for each key; among equal stamps the last."""
+    best = dict(zip(keys, rows, strict=True))
+    if len(best) == len(keys):
+        return best
+    best.clear()
+    for key, row in zip(keys, rows, strict=True):
+        if key not in best or best[key][STAMP] <= row[STAMP]:
+            best[key] = row
+    return best
+
+
+def open_store(
+    path: Path, access: Access, *, durability: str = "process", block_cache_mb: int = 512, row_cache_mb: int = 64
+) -> OnlineStore:
+    """Open the embedded store in folder ``path``; "write" makes one where there is none.
+
+    Raises StoreLocked where another process has it open for writing, StoreError where it is missing or damaged.
+    """
+    from featserve.store.rocksdb import RocksStore
+
+    return RocksStore(
+        path, access, fsync=durability == "fsync", block_cache_mb=block_cache_mb, row_cache_mb=row_cache_mb
+    )

@@ -1,0 +1,65 @@
+"""The ``OnlineStore`` in a dictionary: the model that the real stores are tested against, and a store for tests."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from featserve.codec import STAMP
+from featserve.errors import StoreError
+from featserve.store import Load, newest
+
+
+class MemoryStore:
+    """Rows by key; gone when the process ends."""
+
+    def __init__(self) -> None:
+        self._rows: dict[bytes, bytes] | None = {}
+        self._lock = threading.Lock()
+
+    def read_many(self, keys: list[bytes]) -> list[bytes | None]:
+        return list(map(self._open().get, keys))
+
+    def write_many(self, keys: Sequence[bytes], rows: Sequence[bytes]) -> int:
+        with self._lock:
+            stored = self._open()
+            won = {
+                key: row
+                for key, row in newest(keys, rows).items()
+                if key not in stored or stored[key][STAMP] <= row[STAMP]
+            }
+            stored.update(won)
+            return len(won)
+
+    @contextmanager
+    def load(self) -> Iterator[Load]:
+        pending = _Pending()
+        yield pending
+        self.write_many(pending.keys, pending.rows)
+
+    def count(self, prefix: bytes) -> int:
+        return sum(key.startswith(prefix) for key in self._open())
+
+    def size_bytes(self) -> int:
+        return sum(len(key) + len(row) for key, row in self._open().items())
+
+    def close(self) -> None:
+        self._rows = None
+
+    def _open(self) -> dict[bytes, bytes]:
+        if self._rows is None:
+            raise StoreError("the store is closed")
+        return self._rows
+
+
+class _Pending:
+    """The rows of a load until it ends."""
+
+    def __init__(self) -> None:
+        self.keys: list[bytes] = []
+        self.rows: list[bytes] = []
+
+    def add(self, keys: Sequence[bytes], rows: Sequence[bytes]) -> None:
+        self.keys += keys
+        self.rows += rows
