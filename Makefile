@@ -1,0 +1,79 @@
+# Everything runs from .venv, which the first target that needs it sets up: nothing has to be activated or installed
+# first, except Python 3.11 or newer.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve test test-fast lint types format protos protos-accept bench lock clean
+
+# The first Python on the path that is new enough; `make PYTHON=/path/to/python3 ...` names another.
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+# More arguments for the program that a target runs: `make test ARGS="-k codec"`.
+ARGS ?=
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: .venv/.dev  ## Set up .venv with everything, pinned (the other targets do it themselves)
+
+demo: .venv/.run  ## Load a year of real flights, serve them, ask for features, and stop
+	@$(BIN)/python -m examples.flights.demo $(ARGS)
+
+serve: .venv/.run  ## Leave the example's server running
+	@$(BIN)/python -m examples.flights.serve $(ARGS)
+
+test: .venv/.dev  ## Install what the tests need, then run all of them
+	@tests/setup.sh
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-fast: .venv/.dev  ## Run the tests that take seconds
+	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+lint: .venv/.dev  ## Check style, and that the wire contract is sound, compatible, and what the code was generated from
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/buf lint protos
+	@$(BIN)/buf format protos --diff --exit-code
+	@$(BIN)/python protos/generate.py --check
+
+types: .venv/.dev  ## Check the types
+	@$(BIN)/mypy $(ARGS)
+
+format: .venv/.dev  ## Format the code and the protos
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+	@$(BIN)/buf format protos --write
+
+protos: .venv/.dev  ## Generate featserve/_proto from protos/; refuses a change that breaks clients
+	@$(BIN)/python protos/generate.py
+
+protos-accept: .venv/.dev  ## The same, and let a breaking change pass (only for what was never released)
+	@$(BIN)/python protos/generate.py --accept-breaking
+
+bench: .venv/.dev  ## Measure, and print what was measured
+	@$(BIN)/python -m bench $(ARGS)
+
+lock: .venv/.dev  ## Pin the newest versions that pyproject.toml and requirements/ allow
+	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --upgrade --all-extras \
+		--custom-compile-command "make lock" --output-file requirements.lock pyproject.toml requirements/*.in
+
+clean:  ## Remove everything that can be made again, .venv included
+	@rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	@find . -name __pycache__ -prune -exec rm -rf {} +
+
+# What the example runs with: the server, training, and the flights. Pinned by the lock file, whole (.dev) or in part
+# (.run). Packages that come as source are built with the pinned setuptools, so nothing unpinned is fetched.
+.venv/.run: requirements.lock pyproject.toml requirements/examples.in
+	@[[ -n "$(PYTHON)" ]] || { echo "featserve needs Python 3.11 or newer, and there is none on the path"; exit 1; }
+	@echo "Setting up .venv (about a minute)..."
+	@$(PYTHON) -m venv .venv
+	@$(PIP) install "$$(grep '^setuptools==' requirements.lock)"
+	@$(PIP) install --no-build-isolation -c requirements.lock -r requirements/examples.in --editable '.[train]'
+	@touch $@
+
+.venv/.dev: .venv/.run requirements.lock requirements/dev.in
+	@echo "Adding what tests and checks need to .venv (one or two minutes, most of it Spark)..."
+	@$(PIP) install --no-build-isolation -r requirements.lock
+	@touch $@

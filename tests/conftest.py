@@ -1,0 +1,37 @@
+"""What every test shares: one seed for a run, printed so that a failure on random data can be repeated."""
+
+from __future__ import annotations
+
+import os
+import secrets
+
+import hypothesis
+import numpy as np
+import pytest
+
+SEED = int(os.environ.get("FEATSERVE_SEED") or secrets.randbits(32))
+
+# The machines that run the tests are shared, so a slow example says nothing about the code.
+hypothesis.settings.register_profile("featserve", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("featserve")
+
+
+def pytest_report_header() -> str:
+    return f"seed: {SEED} (repeat with FEATSERVE_SEED={SEED})"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if terminalreporter.stats.get("failed") or terminalreporter.stats.get("error"):
+        terminalreporter.write_line(f"seed: {SEED} (repeat with FEATSERVE_SEED={SEED})")
+
+
+@pytest.fixture
+def seed() -> int:
+    """Return the seed of this run: random, or $FEATSERVE_SEED."""
+    return SEED
+
+
+@pytest.fixture
+def rng(seed: int) -> np.random.Generator:
+    """Return a generator of random numbers that starts at the run's seed, whatever other tests ran before."""
+    return np.random.default_rng(seed)
