@@ -34,7 +34,7 @@ class EntityKeys:
         """
         if len(keys) != len(expected) or any(name not in expected for name in keys):
             raise key_names(keys, expected)
-        columns = {}
+        columns: dict[str, Column] = {}
         count = -1
         for name, type_ in expected.items():
             given = keys[name]
@@ -43,7 +43,9 @@ class EntityKeys:
                 raise invalid(f"keys.{name}", f"expected {type_}, got {col.type}")
             if col.null_count:
                 assert col.valid is not None
-                raise invalid(f"keys.{name}", f"row {int(np.argmin(col.valid))} is null; a key has a value in every row")
+                raise invalid(
+                    f"keys.{name}", f"row {int(np.argmin(col.valid))} is null; a key has a value in every row"
+                )
             if count not in (-1, len(col)):
                 raise ragged("keys", {n: len(c) for n, c in columns.items()} | {name: len(col)})
             count = len(col)
@@ -51,6 +53,20 @@ class EntityKeys:
         if count == 0:
             raise invalid("keys", "the batch is empty; send at least one row")
         return cls(columns, count)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Arrival:
+    """n rows of a view as they arrive: ``columns`` by name, int64 microseconds of shape (n,).
+
+    ``known_at_us``: None where the rows are known from their arrival, or from their event time where that is later.
+    ``source_positions``: int64 of shape (n,), each row's position in its batch source; None for rows of no source.
+    """
+
+    columns: Mapping[str, Column]
+    event_time_us: Int64s
+    known_at_us: Int64s | None = None
+    source_positions: Int64s | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,12 +95,24 @@ class EventBatch:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a write did: ``rows`` were taken, ``stored`` of them are now the newest of their entity."""
+
+    rows: int
+    stored: int
+
+
 def key_names(given: Iterable[str], expected: Mapping[str, Type]) -> InvalidRequest:
     """Return the error for missing or extra key columns."""
     violations = [
-        Violation(f"keys.{name}", f"missing key column {name!r} ({expected[name]})") for name in expected if name not in given
+        Violation(f"keys.{name}", f"missing key column {name!r} ({expected[name]})")
+        for name in expected
+        if name not in given
     ] + [
-        Violation(f"keys.{name}", f"unknown key column {name!r}{hint(name, expected)}") for name in given if name not in expected
+        Violation(f"keys.{name}", f"unknown key column {name!r}{hint(name, expected)}")
+        for name in given
+        if name not in expected
     ]
     return InvalidRequest("; ".join(v.description for v in violations), violations=violations)
 

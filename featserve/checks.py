@@ -1,67 +1,85 @@
 """What a row must satisfy before anything is stored: the view's constraints, and times that are not in the future.
 
-Comes in: a typed batch. Goes out: nothing, or an InvalidRequest that names row, column and reason. Checks whole columns.
+Comes in: a typed batch. Goes out: nothing, or an InvalidRequest that names row, column and reason. Columns are checked
+whole.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from featserve.batch import EventBatch
+from featserve.batch import EventBatch, Int64s
 from featserve.codec import check_key_sizes
 from featserve.definitions import FeatureView, Field
 from featserve.errors import InvalidRequest, Violation
-from featserve.types import Array, Column, Mask, column, from_us
+from featserve.types import Column, Mask, column, from_us
 
 MAX_VIOLATIONS = 16
 
 
-def check_rows(view: FeatureView, batch: EventBatch, latest_us: int) -> None:
-    """Refuse a batch with a row that breaks a constraint of ``view`` or lies after ``latest_us``.
+def check_rows(view: FeatureView, batch: EventBatch, latest_us: int | None = None, first_row: int = 0) -> None:
+    """Refuse a batch with a row that breaks a constraint of ``view`` or lies after ``latest_us``, if that is given.
 
-    The error holds up to 16 violations, ``rows[3].temp``; the batch's columns already have the view's types.
+    The error holds up to 16 violations, ``rows[3].temp``, counted from ``first_row``; the batch's columns already have
+    the view's types.
     """
     check_key_sizes({name: batch.columns[name] for name in view.entity.keys})
-    violations: list[Violation] = []
+    found = _Violations(first_row)
     for name in view.entity.keys:
-        if batch.columns[name].null_count:
-            _note(violations, name, batch.columns[name], ~_valid(batch.columns[name]), "a key has a value in every row")
-    for name, times in (("event_time", batch.event_time_us), ("known_at", batch.known_at_us)):
-        late = times > latest_us
-        if late.any():
-            row = int(np.argmax(late))
-            violations.append(
-                Violation(
-                    f"rows[{row}].{name}",
-                    f"{_instant(times[row])} is later than {_instant(latest_us)}, the last instant accepted now",
-                )
-            )
+        found.note(name, ~_valid(batch.columns[name]), lambda row: "is null; a key has a value in every row")
+    if latest_us is not None:
+        last = _instant(latest_us)
+        for name, times in (("event_time", batch.event_time_us), ("known_at", batch.known_at_us)):
+            found.note(name, times > latest_us, partial(_late, times, last))
     for f in view.features:
-        _check_field(f, batch.columns[f.name], violations)
-    if violations:
+        _check_field(f, batch.columns[f.name], found)
+    if found.violations:
+        shown = [f"{v.field}: {v.description}" for v in found.violations]
+        more = f"; and {len(shown) - 3} more" if len(shown) > 3 else ""
         raise InvalidRequest(
-            f"view {view.id}: " + "; ".join(f"{v.field}: {v.description}" for v in violations[:3])
-            + (f"; and {len(violations) - 3} more" if len(violations) > 3 else ""),
-            violations=violations[:MAX_VIOLATIONS],
-        )  # fmt: skip
+            f"view {view.id}: {'; '.join(shown[:3])}{more}", violations=found.violations[:MAX_VIOLATIONS]
+        )
 
 
-def _check_field(f: Field, col: Column, violations: list[Violation]) -> None:
+def _late(times: Int64s, last: str, row: int) -> str:
+    return f"{_instant(times[row])} is later than {last}, the last instant accepted now"
+
+
+class _Violations:
+    """What is wrong so far: the first row at fault for each column and constraint."""
+
+    def __init__(self, first_row: int) -> None:
+        self.violations: list[Violation] = []
+        self._first_row = first_row
+
+    def note(self, name: str, wrong: Mask, describe: Callable[[int], str]) -> None:
+        """Note the first row of ``wrong``, bool of shape (n,), if any."""
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            self.violations.append(Violation(f"rows[{self._first_row + row}].{name}", describe(row)))
+
+
+def _check_field(f: Field, col: Column, found: _Violations) -> None:
     valid = _valid(col)
-    if f.not_null and col.null_count:
-        _note(violations, f.name, col, ~valid, "is null, and the feature is declared not_null")
+    if f.not_null:
+        found.note(f.name, ~valid, lambda row: "is null, and the feature is declared not_null")
     if f.not_nan:
         nan = np.isnan(col.values) if not f.type.vector else np.isnan(col.values).any(axis=1)
-        _note(violations, f.name, col, nan & valid, "is NaN, and the feature is declared not_nan")
+        found.note(f.name, nan & valid, lambda row: "is NaN, and the feature is declared not_nan")
     if f.min is not None:
-        _note(violations, f.name, col, (col.values < f.min) & valid, f"is less than the declared min {f.min}")
+        found.note(f.name, (col.values < f.min) & valid, lambda row: f"{_shown(col, row)} is less than the min {f.min}")
     if f.max is not None:
-        _note(violations, f.name, col, (col.values > f.max) & valid, f"is greater than the declared max {f.max}")
+        found.note(
+            f.name, (col.values > f.max) & valid, lambda row: f"{_shown(col, row)} is greater than the max {f.max}"
+        )
     if f.allowed is not None:
         allowed = column(f.type, [f.value(v) for v in f.allowed])
-        _note(violations, f.name, col, ~_is_in(col, allowed) & valid, f"is not one of {list(f.allowed)}")
+        shown = list(f.allowed)
+        found.note(f.name, ~_is_in(col, allowed) & valid, lambda row: f"{_shown(col, row)} is not one of {shown}")
 
 
 def _is_in(col: Column, allowed: Column) -> Mask:
@@ -76,13 +94,6 @@ def _is_in(col: Column, allowed: Column) -> Mask:
         index = col.offsets[rows][:, None] + np.arange(len(value))
         found[rows] |= (col.values[index] == np.frombuffer(value, np.uint8)).all(axis=1)
     return found
-
-
-def _note(violations: list[Violation], name: str, col: Column, wrong: Array, description: str) -> None:
-    if wrong.any():
-        row = int(np.argmax(wrong))
-        shown = "" if "null" in description or "NaN" in description else f"{_shown(col, row)} "
-        violations.append(Violation(f"rows[{row}].{name}", f"{shown}{description}"))
 
 
 def _shown(col: Column, row: int) -> str:

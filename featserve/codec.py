@@ -8,8 +8,8 @@ A row is a fixed part, the same length for every row of a view version, then the
     2       2                  zero
     4       4                  fingerprint: the first 4 bytes of the view's content hash
     8       8 + 8 + 8          event time, known at, sequence: the row's stamp
-    32      8 * ceil(F / 64)   validity: bit i % 64 of word i / 64 is 0 where feature i (in declared order) is null
-    ...                        float64s, int64s and timestamps, float32s and vectors, int32s, bools: a run for each dtype
+    32      8 * ceil(F / 64)   validity: bit i % 64 of word i / 64 is 0 where feature i, as declared, is null
+    ...                        float64s; int64s and timestamps; float32s and vectors; int32s; bools
     ...     4 * S              where each string or bytes value ends, counted from the end of the fixed part
     ...                        the bytes of the strings, in declared order
 
@@ -67,7 +67,8 @@ def encode_keys(columns: Sequence[Column]) -> list[bytes]:
 
 def _key_part(col: Column, last: bool) -> list[bytes]:
     if col.offsets is None:
-        return col.values.byteswap().view(_RAW[col.values.itemsize]).tolist()
+        raw: list[bytes] = col.values.byteswap().view(_RAW[col.values.itemsize]).tolist()
+        return raw
     values = col.to_bytes_list()
     if last:
         return values
@@ -81,7 +82,9 @@ def check_key_sizes(columns: Mapping[str, Column]) -> None:
             lengths = np.diff(col.offsets)
             row = int(np.argmax(lengths))
             if lengths[row] > MAX_KEY_BYTES:
-                raise invalid(f"keys.{name}", f"row {row} is {lengths[row]:,} bytes long; the most is {MAX_KEY_BYTES:,}")
+                raise invalid(
+                    f"keys.{name}", f"row {row} is {lengths[row]:,} bytes long; the most is {MAX_KEY_BYTES:,}"
+                )
 
 
 class RowCodec:
@@ -224,7 +227,9 @@ class RowCodec:
         for i, row in enumerate(rows):
             problem = self._problem(row)
             if problem:
-                return CorruptRow(f"view {self.view}: stored row {i} of the batch {problem}; materialize the view again")
+                return CorruptRow(
+                    f"view {self.view}: stored row {i} of the batch {problem}; materialize the view again"
+                )
         return CorruptRow(f"view {self.view}: a stored row is damaged; materialize the view again")
 
     def _problem(self, row: bytes) -> str | None:

@@ -29,9 +29,7 @@ MAX_FEATURES = 4_096
 def check_name(kind: str, name: object) -> str:
     """Return ``name`` if it is lower case letters, digits and underscores, starting with a letter."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise DefinitionError(
-            f"{kind} name {name!r}: a name is 1 to 63 lower-case letters, digits and underscores, starting with a letter"
-        )
+        raise DefinitionError(f"{kind} name {name!r}: use up to 63 of a-z, 0-9 and _, a letter first")
     return name
 
 
@@ -71,11 +69,15 @@ class Entity:
         check_name("entity", self.name)
         what = f"entity {self.name!r}"
         if not isinstance(self.keys, Mapping) or not self.keys:
-            raise DefinitionError(f"{what}: keys is a mapping of at least one key column to its type, as in {{'user_id': Int64}}")
+            raise DefinitionError(
+                f"{what}: keys is a mapping of at least one key column to its type, as in {{'user_id': Int64}}"
+            )
         for key, type_ in self.keys.items():
             check_name(f"{what}: key column", key)
             if not isinstance(type_, Type) or type_.name not in KEY_TYPES:
-                raise DefinitionError(f"{what}: key column {key!r} is {type_!r}; a key is one of {', '.join(KEY_TYPES)}")
+                raise DefinitionError(
+                    f"{what}: key column {key!r} is {type_!r}; a key is one of {', '.join(KEY_TYPES)}"
+                )
         object.__setattr__(self, "keys", dict(self.keys))
 
     def to_dict(self) -> Json:
@@ -122,8 +124,10 @@ class Source:
             isinstance(k, str) and isinstance(v, str) for k, v in self.columns.items()
         ):
             raise DefinitionError(f"{what}: columns maps a feature or key name to the source's column name")
-        if not isinstance(self.delimiter, str) or len(self.delimiter) != 1:
-            raise DefinitionError(f"{what}: delimiter {self.delimiter!r} is not one character")
+        if not isinstance(self.delimiter, str) or not re.fullmatch(r"[^\r\n\"\x00\x80-\U0010ffff]", self.delimiter):
+            raise DefinitionError(
+                f"{what}: delimiter {self.delimiter!r} is not one ASCII character, or is a quote or line end"
+            )
         object.__setattr__(self, "columns", dict(self.columns))
         object.__setattr__(self, "nulls", tuple(self.nulls))
 
@@ -220,7 +224,11 @@ class Field:
             raise DefinitionError(f"{what}: min {self.min} is greater than max {self.max}")
         if self.allowed is not None:
             if self.type.vector or isinstance(self.allowed, str | bytes) or not list(self.allowed):
-                raise DefinitionError(f"{what}: allowed is a list of at least one {self.type}" if not self.type.vector else f"{what}: allowed does not apply to {self.type}")
+                raise DefinitionError(
+                    f"{what}: allowed is a list of at least one {self.type}"
+                    if not self.type.vector
+                    else f"{what}: allowed does not apply to {self.type}"
+                )
             object.__setattr__(self, "allowed", tuple(self._value("allowed", v) for v in self.allowed))
         if self.not_nan and not self.type.floating:
             raise DefinitionError(f"{what}: not_nan does not apply to {self.type}")
@@ -315,7 +323,9 @@ class FeatureView:
             known = [*self.entity.keys, *(f.name for f in features)]
             for name in self.source.columns:
                 if name not in known:
-                    raise DefinitionError(f"{what}: its source renames {name!r}, which is no feature or key{hint(name, known)}")
+                    raise DefinitionError(
+                        f"{what}: its source renames {name!r}, which is no feature or key{hint(name, known)}"
+                    )
         object.__setattr__(self, "features", features)
         object.__setattr__(self, "tags", check_tags(what, self.tags))
 
@@ -330,7 +340,9 @@ class FeatureView:
         for f in self.features:
             if f.name == name:
                 return f
-        raise DefinitionError(f"feature view {self.name!r} has no feature {name!r}{hint(name, [f.name for f in self.features])}")
+        raise DefinitionError(
+            f"feature view {self.name!r} has no feature {name!r}{hint(name, [f.name for f in self.features])}"
+        )
 
     @property
     def id(self) -> str:
@@ -426,11 +438,15 @@ class FeatureService:
         versions: dict[str, FeatureView] = {}
         for s in chosen:
             if versions.setdefault(s.view.name, s.view) != s.view:
-                raise DefinitionError(f"{what}: names two definitions of feature view {s.view.name!r} ({versions[s.view.name].id} and {s.view.id})")
+                raise DefinitionError(
+                    f"{what}: two definitions of view {s.view.name!r}: {versions[s.view.name].id} and {s.view.id}"
+                )
             for key, type_ in s.view.entity.keys.items():
                 first, where = keys.setdefault(key, (type_, s.view.id))
                 if first != type_:
-                    raise DefinitionError(f"{what}: key column {key!r} is {first} in {where} and {type_} in {s.view.id}")
+                    raise DefinitionError(
+                        f"{what}: key column {key!r} is {first} in {where} and {type_} in {s.view.id}"
+                    )
         object.__setattr__(self, "features", tuple(chosen))
         object.__setattr__(self, "tags", check_tags(what, self.tags))
 

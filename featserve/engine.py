@@ -6,16 +6,17 @@ parameter) and, on the read path, looks up no definition, takes no lock and touc
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from featserve.batch import EntityKeys, EventBatch
+from featserve.batch import Arrival, EntityKeys, EventBatch, Written
 from featserve.checks import check_rows
 from featserve.codec import Rows, check_key_sizes, encode_keys
 from featserve.matrix import FeatureMatrix, Status
-from featserve.plan import ReadPlan, ViewRead, WritePlan
+from featserve.plan import Plans, ReadPlan, ViewRead, WritePlan
 from featserve.schema import ServiceSchema
 from featserve.store import OnlineStore
 from featserve.types import NEVER_US, Array, Column, Float32, Mask
@@ -110,6 +111,9 @@ def _fill(
                 answer.values[:, target] = decoded.fixed[run][:, source]
         else:
             answer.values[:, target] = decoded.fixed[run][:, source]
+    if valid is not None:
+        for position, target in view.unmarked:
+            answer.values[~valid[:, position], target] = np.nan
     for index, type_, place, position in view.columns:
         answer.columns[index] = decoded.column(type_, place, None if valid is None else valid[:, position])
 
@@ -123,9 +127,7 @@ def _ordinary(decoded: Rows, view: ViewRead, now_us: int) -> bool:
     return not np.count_nonzero(decoded.fixed["words"].astype(np.uint64) - lowest > highest - lowest)
 
 
-def _hide(
-    answer: _Answer, i: int, view: ViewRead, found: list[bytes | None], decoded: Rows, now_us: int
-) -> Mask:
+def _hide(answer: _Answer, i: int, view: ViewRead, found: list[bytes | None], decoded: Rows, now_us: int) -> Mask:
     """Note why rows are not visible; return which are not, bool of shape (n,)."""
     event, known = decoded.times()
     gone = (event > now_us) | (known > now_us)
@@ -136,14 +138,6 @@ def _hide(
     if answer.times is not None:
         answer.times[:, i] = np.where(gone, NEVER_US, event)
     return hidden
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """What a write did: ``rows`` were taken, ``stored`` of them are now the newest of their entity."""
-
-    rows: int
-    stored: int
 
 
 def write(store: OnlineStore, plan: WritePlan, batch: EventBatch, latest_us: int) -> Written:
@@ -160,3 +154,38 @@ def encode_rows(plan: WritePlan, batch: EventBatch) -> tuple[list[bytes], list[b
     """Return the store's keys and rows of a checked batch."""
     keys = encode_keys([batch.columns[name] for name in plan.view.entity.keys])
     return [plan.prefix + key for key in keys], plan.codec.encode(batch)
+
+
+class Engine:
+    """A store, and the plans of the snapshot that is served now.
+
+    ``plans`` is replaced as a whole when a new snapshot is taken: a request that began with the old one ends with it.
+    """
+
+    def __init__(self, store: OnlineStore, plans: Plans) -> None:
+        self.store = store
+        self.plans = plans
+        self._sequence = 0
+        self._lock = threading.Lock()
+
+    def read(self, plan: ReadPlan, keys: EntityKeys, now_us: int, *, event_times: bool = False) -> FeatureMatrix:
+        """Return the features of ``plan`` for ``keys`` at ``now_us``; see ``read``."""
+        return read(self.store, plan, keys, now_us, event_times=event_times)
+
+    def write(self, plan: WritePlan, arrival: Arrival, *, now_us: int, max_future_skew_us: int) -> Written:
+        """Write rows that arrive now; see ``write``. Rows of no source come after all that have a source position."""
+        event_time_us, known_at_us, sequence = arrival.event_time_us, arrival.known_at_us, arrival.source_positions
+        if known_at_us is None:
+            known_at_us = np.maximum(event_time_us, now_us)
+        if sequence is None:
+            first = self._arrive(len(event_time_us), now_us)
+            sequence = np.arange(first, first + len(event_time_us), dtype=np.int64)
+        batch = EventBatch(arrival.columns, event_time_us, known_at_us, sequence)
+        return write(self.store, plan, batch, now_us + max_future_skew_us)
+
+    def _arrive(self, rows: int, now_us: int) -> int:
+        """Return the sequence number of the first of ``rows`` arriving now: microseconds, but never the same twice."""
+        with self._lock:
+            first = max(self._sequence + 1, now_us)
+            self._sequence = first + rows - 1
+            return first

@@ -13,6 +13,7 @@
         ├── Overloaded          refused at once, before any work was done; try again with backoff
         ├── DeadlineExceeded    the caller stopped waiting, so the work was not done
         ├── Unavailable         the server is starting, draining or gone
+        ├── RegistryError       the registry's database cannot be opened, read or written, or was tampered with
         └── StoreError          the store cannot be opened, read or written
             ├── StoreLocked     another process has it open for writing
             ├── StoreFull       no space left on the device
@@ -99,6 +100,10 @@ class Unavailable(ServingError):
     reason = "UNAVAILABLE"
 
 
+class RegistryError(ServingError):
+    reason = "REGISTRY_ERROR"
+
+
 class StoreError(ServingError):
     reason = "STORE_ERROR"
 
@@ -137,3 +142,13 @@ def hint(name: str, known: Iterable[str]) -> str:
         return "; there are none"
     shown = ", ".join(repr(n) for n in names[:8])
     return f"; there is: {shown}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def by_reason(reason: str) -> type[FeatserveError] | None:
+    """Return the class whose ``reason`` this is, None where there is none."""
+    kinds: list[type[FeatserveError]] = [FeatserveError]
+    for kind in kinds:
+        if kind.reason == reason:
+            return kind
+        kinds += kind.__subclasses__()
+    return None

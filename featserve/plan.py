@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
+from featserve.catalog import Snapshot
 from featserve.codec import RowCodec, key_prefix
 from featserve.definitions import FeatureService, FeatureView
 from featserve.schema import FeatureSchema, ServiceSchema, ViewSchema
@@ -22,7 +23,8 @@ class ViewRead:
 
     ``tensor``: for each run of a row, which of its elements go to which tensor columns. ``columns``: for each typed
     column its index, type, place in the row and position among the answer's features. ``sources`` and ``targets``: the
-    view's features that are served, by their number in the view and in the answer.
+    view's features that are served, by their number in the view and in the answer. ``unmarked``:
+    the features whose stored null is no NaN in the tensor, by their number in the answer and their tensor column.
     """
 
     keys: tuple[str, ...]
@@ -33,6 +35,7 @@ class ViewRead:
     columns: tuple[tuple[int, Type, tuple[str, int], int], ...]
     sources: Place
     targets: Place
+    unmarked: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +56,36 @@ class WritePlan:
     columns: dict[str, Type]
 
 
+class Plans:
+    """The compiled plans of one snapshot, by every name that a request may use.
+
+    A name seen before is one dictionary look-up. Others (``name#hash``) are resolved by the snapshot once.
+    """
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+        self._services = {id_: compile_service(service) for id_, service in snapshot.services.items()}
+        self._views = {id_: compile_view(view) for id_, view in snapshot.views.items()}
+        self._by_reference: dict[str, ReadPlan] = {}
+        for service in snapshot.services.values():
+            promoted = snapshot.service(service.name)
+            plan = self._services[promoted.id]
+            self._by_reference |= {service.name: plan, f"{service.name}#{plan.schema.hash}": plan}
+        self._by_reference |= self._services
+
+    def service(self, reference: str) -> ReadPlan:
+        """Return the plan that ``name``, ``name@version`` or ``name#hash`` means; or raise UnknownName."""
+        plan = self._by_reference.get(reference)
+        return plan if plan is not None else self._services[self.snapshot.service(reference).id]
+
+    def view(self, reference: str) -> WritePlan:
+        """Return the write plan that ``name`` (the highest version) or ``name@version`` means; raises UnknownName."""
+        plan = self._views.get(reference)
+        return plan if plan is not None else self._views[self.snapshot.view(reference).id]
+
+
 def in_tensor(type: Type, dtype: Type) -> bool:
-    """Say whether a feature is served in the tensor: floats, bools, vectors, and int32 where float64 holds it exactly."""
+    """Say whether a feature is in the tensor: floats, bools, vectors, and int32 where float64 holds it exactly."""
     return type.floating or type.name == "bool" or (type is Int32 and dtype is Float64)
 
 
@@ -113,7 +144,7 @@ def _compile_read(view: FeatureView, index: int, schema: ServiceSchema) -> ViewR
     codec = RowCodec(view)
     number = {f.name: i for i, f in enumerate(view.features)}
     runs: dict[str, tuple[list[int], list[int]]] = {}
-    columns = []
+    columns, unmarked = [], []
     sources, targets = [], []
     for position, f in enumerate(schema.features):
         if f.view != index:
@@ -129,10 +160,20 @@ def _compile_read(view: FeatureView, index: int, schema: ServiceSchema) -> ViewR
             taken, put = runs.setdefault(run, ([], []))
             taken += range(at, at + f.type.length)
             put += range(f.tensor, f.tensor + f.type.length)
+            if not f.type.floating and not f.default_json:
+                unmarked.append((position, f.tensor))
     tensor = tuple((run, _compact(taken), _compact(put)) for run, (taken, put) in runs.items())
     keys = tuple(view.entity.keys)
     return ViewRead(
-        keys, key_prefix(view), codec, view.ttl_us, tensor, tuple(columns), _compact(sources), _compact(targets)
+        keys,
+        key_prefix(view),
+        codec,
+        view.ttl_us,
+        tensor,
+        tuple(columns),
+        _compact(sources),
+        _compact(targets),
+        tuple(unmarked),
     )
 
 
@@ -142,4 +183,3 @@ def _compact(positions: list[int]) -> Place:
     if positions == list(range(first, first + len(positions))):
         return slice(first, first + len(positions))
     return positions
-

@@ -48,6 +48,20 @@ class FeatureSchema:
     default_json: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class ServiceSummary:
+    """A service that can be asked for; ``promoted``: the version that its bare name means."""
+
+    name: str
+    version: int
+    hash: str
+    promoted: bool
+    owner: str
+    description: str
+    features: int
+    keys: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class ServiceSchema:
     """The schema of one service version. ``width`` counts the tensor's columns, ``dtype`` is theirs."""

@@ -6,16 +6,18 @@ crosses to Arrow, to the wire and to a stored row without a loop over its cells.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from featserve.errors import DefinitionError, InvalidRequest, hint
+from featserve.errors import DefinitionError, InvalidRequest, hint, invalid
 
 Array = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
@@ -75,6 +77,7 @@ Timestamp = Type("timestamp", 8, np.dtype("<i8"))
 SCALARS = {t.name: t for t in (Bool, Int32, Int64, Float32, Float64, String, Bytes, Timestamp)}
 SCALARS_BY_CODE = {t.code: t for t in SCALARS.values()}
 VECTOR_CODE = 9
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 MAX_VECTOR = 65_536
 
 
@@ -126,7 +129,7 @@ class Column:
         """Return the values of a string or bytes column, nulls as empty."""
         assert self.offsets is not None
         data, ends = self.values.tobytes(), self.offsets.tolist()
-        return [data[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+        return [data[a:b] for a, b in pairwise(ends)]
 
     def to_list(self) -> list[Any]:
         """Return Python values, None for nulls: timestamps as aware datetimes, vectors as lists."""
@@ -137,9 +140,7 @@ class Column:
             values = list(self.to_bytes_list())
         elif self.type is Timestamp:
             valid = self.valid
-            values = [
-                from_us(v) if valid is None or valid[i] else None for i, v in enumerate(self.values.tolist())
-            ]
+            values = [from_us(v) if valid is None or valid[i] else None for i, v in enumerate(self.values.tolist())]
         else:
             values = self.values.tolist()
         if self.valid is not None:
@@ -176,13 +177,18 @@ def column(type: Type, values: Iterable[Any], what: str = "column") -> Column:
     missing = [v is None or _is_nat(v) for v in items]
     valid = None if not any(missing) else ~np.array(missing)
     if type.variable:
-        encoded = [b"" if gone else _encode_text(type, v, what, i) for i, (v, gone) in enumerate(zip(items, missing, strict=True))]
+        encoded = [
+            b"" if gone else _encode_text(type, v, what, i)
+            for i, (v, gone) in enumerate(zip(items, missing, strict=True))
+        ]
         offsets = np.zeros(len(items) + 1, np.int64)
         np.cumsum([len(v) for v in encoded], out=offsets[1:])
         return Column(type, np.frombuffer(b"".join(encoded), np.uint8), offsets, valid)
     convert = _CONVERT[type.code]
     filler: Any = [0.0] * type.length if type.vector else 0
-    cells = [filler if gone else convert(type, v, what, i) for i, (v, gone) in enumerate(zip(items, missing, strict=True))]
+    cells = [
+        filler if gone else convert(type, v, what, i) for i, (v, gone) in enumerate(zip(items, missing, strict=True))
+    ]
     shape = (len(items), type.length) if type.vector else (len(items),)
     return Column(type, np.array(cells, type.dtype).reshape(shape), None, valid)
 
@@ -215,21 +221,20 @@ def _from_array(type: Type, values: Array, what: str) -> Column:
         return Column(type, values)
     with np.errstate(over="ignore", invalid="ignore"):
         cast = values.astype(type.dtype)
-    if kind in "iu" and len(values):
-        # Compared as Python-exact integers: a round trip through a float would hide the loss.
-        lost = _lost(type, values, cast)
-        if lost.any():
-            row = int(np.argmax(lost))
-            raise wrong(what, row, type, f"{values[row]} (out of range)")
-    elif kind == "f" and len(values):
-        lost = np.isinf(cast) & ~np.isinf(values)
-        if lost.any():
-            row = int(np.argmax(lost))
-            raise wrong(what, row, type, f"{values[row]} (out of range)")
+    bad = lost(type, values, cast)
+    if bad.any():
+        row = int(np.argmax(bad))
+        raise wrong(what, row, type, f"{values[row]} (out of range)")
     return Column(type, cast)
 
 
-def _lost(type: Type, values: Array, cast: Array) -> Mask:
+def lost(type: Type, values: Array, cast: Array) -> Mask:
+    """Return where ``cast``, the numbers ``values`` as ``type``, is out of range; rounding a float is no loss.
+
+    Integers are compared as integers: a round trip through a float would hide the loss.
+    """
+    if values.dtype.kind == "f":
+        return np.asarray(np.isinf(cast) & ~np.isinf(values))
     if type.floating:
         bound = 2**24 if type is Float32 else 2**53
         return np.asarray((values > bound) | (values < -bound) if values.dtype.kind == "i" else values > bound)
@@ -241,8 +246,6 @@ def _lost(type: Type, values: Array, cast: Array) -> Mask:
 
 def wrong(what: str, row: int | None, type: Type, got: str) -> InvalidRequest:
     """Return the error for a value that is not of ``type``: ``rows[3].temp: expected float32, got 'x'``."""
-    from featserve.errors import invalid
-
     where = what if row is None else f"{what}[{row}]"
     return invalid(where, f"expected {type}, got {got}")
 
@@ -275,9 +278,13 @@ def _to_int(type: Type, value: Any, what: str, row: int) -> int:
 
 
 def _to_float(type: Type, value: Any, what: str, row: int) -> float:
-    if isinstance(value, float | int | np.floating | np.integer) and not isinstance(value, bool):
-        result = float(value) if abs(value) < 2**1023 or value != value else float(np.float64(value))
-        if type is Float32 and abs(result) != float("inf") and abs(result) > float(np.finfo(np.float32).max):
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        if abs(int(value)) > (2**24 if type is Float32 else 2**53):
+            raise wrong(what, row, type, f"{value} (an integer that it cannot hold exactly)")
+        return float(value)
+    if isinstance(value, float | np.floating):
+        result = float(value)
+        if type is Float32 and math.isfinite(result) and abs(result) > FLOAT32_MAX:
             raise wrong(what, row, type, f"{value} (out of range)")
         return result
     raise wrong(what, row, type, _show(value))
@@ -308,7 +315,9 @@ def _show(value: object) -> str:
 
 
 def _is_nat(value: object) -> bool:
-    return value.__class__.__name__ in ("NaTType", "NAType") or (isinstance(value, np.datetime64) and bool(np.isnat(value)))
+    return value.__class__.__name__ in ("NaTType", "NAType") or (
+        isinstance(value, np.datetime64) and bool(np.isnat(value))
+    )
 
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -324,8 +333,6 @@ def to_us(instant: datetime) -> int:
 
 def from_us(us: int) -> datetime | None:
     """Return the aware UTC datetime of ``us`` microseconds since the epoch; None outside of years 1 to 9999."""
-    from datetime import timedelta
-
     try:
         return EPOCH + timedelta(microseconds=us)
     except OverflowError:

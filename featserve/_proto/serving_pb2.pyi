@@ -562,6 +562,106 @@ class FeatureSchema(_message.Message):
 Global___FeatureSchema: _TypeAlias = FeatureSchema  # noqa: Y015
 
 @_typing.final
+class DescribeViewRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VIEW_FIELD_NUMBER: _builtins.int
+    view: _builtins.str
+    """"weather" (its highest version) or "weather@2"."""
+    def __init__(
+        self,
+        *,
+        view: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["view", b"view"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DescribeViewRequest: _TypeAlias = DescribeViewRequest  # noqa: Y015
+
+@_typing.final
+class DescribeViewResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    HASH_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
+    TTL_US_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    version: _builtins.int
+    hash: _builtins.str
+    ttl_us: _builtins.int
+    """Unset: rows are served for ever."""
+    owner: _builtins.str
+    description: _builtins.str
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___KeySchema]: ...
+    @_builtins.property
+    def features(self) -> _containers.RepeatedCompositeFieldContainer[Global___FieldSchema]: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        version: _builtins.int = ...,
+        hash: _builtins.str = ...,
+        keys: _abc.Iterable[Global___KeySchema] | None = ...,
+        features: _abc.Iterable[Global___FieldSchema] | None = ...,
+        ttl_us: _builtins.int | None = ...,
+        owner: _builtins.str = ...,
+        description: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ttl_us", b"_ttl_us", "ttl_us", b"ttl_us"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttl_us", b"_ttl_us", "description", b"description", "features", b"features", "hash", b"hash", "keys", b"keys", "name", b"name", "owner", b"owner", "ttl_us", b"ttl_us", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__ttl_us: _TypeAlias = _typing.Literal["ttl_us"]  # noqa: Y015
+    _WhichOneofArgType__ttl_us: _TypeAlias = _typing.Literal["_ttl_us", b"_ttl_us"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttl_us) -> _WhichOneofReturnType__ttl_us | None: ...
+
+Global___DescribeViewResponse: _TypeAlias = DescribeViewResponse  # noqa: Y015
+
+@_typing.final
+class FieldSchema(_message.Message):
+    """One feature of a view, as rows are written."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    TYPE_FIELD_NUMBER: _builtins.int
+    LENGTH_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    DEFAULT_JSON_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    type: Global___DataType.ValueType
+    length: _builtins.int
+    """VECTOR only."""
+    description: _builtins.str
+    default_json: _builtins.str
+    """JSON of the declared default; empty where there is none."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        type: Global___DataType.ValueType = ...,
+        length: _builtins.int = ...,
+        description: _builtins.str = ...,
+        default_json: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_json", b"default_json", "description", b"description", "length", b"length", "name", b"name", "type", b"type"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FieldSchema: _TypeAlias = FieldSchema  # noqa: Y015
+
+@_typing.final
 class WriteRowsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -569,16 +669,16 @@ class WriteRowsRequest(_message.Message):
     COLUMNS_FIELD_NUMBER: _builtins.int
     EVENT_TIMES_FIELD_NUMBER: _builtins.int
     KNOWN_AT_FIELD_NUMBER: _builtins.int
-    SOURCE_POSITION_FIELD_NUMBER: _builtins.int
+    SOURCE_POSITIONS_FIELD_NUMBER: _builtins.int
     view: _builtins.str
-    """"weather" (its highest version) or "weather@2"."""
+    """As in DescribeViewRequest."""
     event_times: _builtins.bytes
     """rows int64, little-endian, microseconds since the epoch."""
     known_at: _builtins.bytes
     """The same, or empty: then each row was known at its arrival, or at its event time where that is later."""
-    source_position: _builtins.int
-    """The position of the first row in its batch source, where the rows come from one: it breaks exact ties in time, and
-    any row written without it comes after every row written with it.
+    source_positions: _builtins.bytes
+    """Each row's position in its batch source (int64, little-endian), where the rows come from one: it breaks exact ties in
+    time, and a row written without it comes after every row written with it.
     """
     @_builtins.property
     def columns(self) -> _containers.RepeatedCompositeFieldContainer[Global___Column]:
@@ -591,15 +691,13 @@ class WriteRowsRequest(_message.Message):
         columns: _abc.Iterable[Global___Column] | None = ...,
         event_times: _builtins.bytes = ...,
         known_at: _builtins.bytes = ...,
-        source_position: _builtins.int | None = ...,
+        source_positions: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_source_position", b"_source_position", "source_position", b"source_position"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_source_position", b"_source_position", "columns", b"columns", "event_times", b"event_times", "known_at", b"known_at", "source_position", b"source_position", "view", b"view"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns", "event_times", b"event_times", "known_at", b"known_at", "source_positions", b"source_positions", "view", b"view"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__source_position: _TypeAlias = _typing.Literal["source_position"]  # noqa: Y015
-    _WhichOneofArgType__source_position: _TypeAlias = _typing.Literal["_source_position", b"_source_position"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__source_position) -> _WhichOneofReturnType__source_position | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WriteRowsRequest: _TypeAlias = WriteRowsRequest  # noqa: Y015
 

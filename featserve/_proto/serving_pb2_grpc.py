@@ -55,6 +55,11 @@ class FeatureServingServiceStub:
                 request_serializer=featserve_dot_v1_dot_serving__pb2.ListServicesRequest.SerializeToString,
                 response_deserializer=featserve_dot_v1_dot_serving__pb2.ListServicesResponse.FromString,
                 _registered_method=True)
+        self.DescribeView = channel.unary_unary(
+                '/featserve.v1.FeatureServingService/DescribeView',
+                request_serializer=featserve_dot_v1_dot_serving__pb2.DescribeViewRequest.SerializeToString,
+                response_deserializer=featserve_dot_v1_dot_serving__pb2.DescribeViewResponse.FromString,
+                _registered_method=True)
         self.WriteRows = channel.unary_unary(
                 '/featserve.v1.FeatureServingService/WriteRows',
                 request_serializer=featserve_dot_v1_dot_serving__pb2.WriteRowsRequest.SerializeToString,
@@ -100,6 +105,13 @@ class FeatureServingServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DescribeView(self, request, context):
+        """Returns what a feature view is written with.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WriteRows(self, request, context):
         """Writes rows of one feature view: all of them or none.
         """
@@ -137,6 +149,11 @@ def add_FeatureServingServiceServicer_to_server(servicer, server):
                     servicer.ListServices,
                     request_deserializer=featserve_dot_v1_dot_serving__pb2.ListServicesRequest.FromString,
                     response_serializer=featserve_dot_v1_dot_serving__pb2.ListServicesResponse.SerializeToString,
+            ),
+            'DescribeView': grpc.unary_unary_rpc_method_handler(
+                    servicer.DescribeView,
+                    request_deserializer=featserve_dot_v1_dot_serving__pb2.DescribeViewRequest.FromString,
+                    response_serializer=featserve_dot_v1_dot_serving__pb2.DescribeViewResponse.SerializeToString,
             ),
             'WriteRows': grpc.unary_unary_rpc_method_handler(
                     servicer.WriteRows,
@@ -258,6 +275,33 @@ class FeatureServingService:
             '/featserve.v1.FeatureServingService/ListServices',
             featserve_dot_v1_dot_serving__pb2.ListServicesRequest.SerializeToString,
             featserve_dot_v1_dot_serving__pb2.ListServicesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DescribeView(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/featserve.v1.FeatureServingService/DescribeView',
+            featserve_dot_v1_dot_serving__pb2.DescribeViewRequest.SerializeToString,
+            featserve_dot_v1_dot_serving__pb2.DescribeViewResponse.FromString,
             options,
             channel_credentials,
             insecure,

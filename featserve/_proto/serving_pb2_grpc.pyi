@@ -48,6 +48,8 @@ class FeatureServingServiceStub:
     """Returns the schema of a service: what to send and how to read the answer."""
     ListServices: _grpc.UnaryUnaryMultiCallable[_serving_pb2.ListServicesRequest, _serving_pb2.ListServicesResponse]
     """Lists the services that can be asked for."""
+    DescribeView: _grpc.UnaryUnaryMultiCallable[_serving_pb2.DescribeViewRequest, _serving_pb2.DescribeViewResponse]
+    """Returns what a feature view is written with."""
     WriteRows: _grpc.UnaryUnaryMultiCallable[_serving_pb2.WriteRowsRequest, _serving_pb2.WriteRowsResponse]
     """Writes rows of one feature view: all of them or none."""
     StreamRows: _grpc.StreamUnaryMultiCallable[_serving_pb2.StreamRowsRequest, _serving_pb2.StreamRowsResponse]
@@ -70,6 +72,8 @@ class FeatureServingServiceAsyncStub(FeatureServingServiceStub):
     """Returns the schema of a service: what to send and how to read the answer."""
     ListServices: _aio.UnaryUnaryMultiCallable[_serving_pb2.ListServicesRequest, _serving_pb2.ListServicesResponse]  # type: ignore[assignment]
     """Lists the services that can be asked for."""
+    DescribeView: _aio.UnaryUnaryMultiCallable[_serving_pb2.DescribeViewRequest, _serving_pb2.DescribeViewResponse]  # type: ignore[assignment]
+    """Returns what a feature view is written with."""
     WriteRows: _aio.UnaryUnaryMultiCallable[_serving_pb2.WriteRowsRequest, _serving_pb2.WriteRowsResponse]  # type: ignore[assignment]
     """Writes rows of one feature view: all of them or none."""
     StreamRows: _aio.StreamUnaryMultiCallable[_serving_pb2.StreamRowsRequest, _serving_pb2.StreamRowsResponse]  # type: ignore[assignment]
@@ -113,6 +117,14 @@ class FeatureServingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_serving_pb2.ListServicesResponse, _abc.Awaitable[_serving_pb2.ListServicesResponse]]:
         """Lists the services that can be asked for."""
+
+    @_abc_1.abstractmethod
+    def DescribeView(
+        self,
+        request: _serving_pb2.DescribeViewRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_serving_pb2.DescribeViewResponse, _abc.Awaitable[_serving_pb2.DescribeViewResponse]]:
+        """Returns what a feature view is written with."""
 
     @_abc_1.abstractmethod
     def WriteRows(

@@ -17,7 +17,12 @@ Access = Literal["write", "read"]
 
 
 class Load(Protocol):
-    """A bulk load under way: nothing of it is visible before ``OnlineStore.load`` ends without an error."""
+    """A bulk load under way: nothing of it is visible before ``OnlineStore.load`` ends without an error.
+
+    ``stored``: the rows kept so far, each the newest of its key when it was added.
+    """
+
+    stored: int
 
     def add(self, keys: Sequence[bytes], rows: Sequence[bytes]) -> None:
         """Add rows, in any order, keys repeated or not."""

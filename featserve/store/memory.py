@@ -36,7 +36,7 @@ class MemoryStore:
     def load(self) -> Iterator[Load]:
         pending = _Pending()
         yield pending
-        self.write_many(pending.keys, pending.rows)
+        pending.stored = self.write_many(pending.keys, pending.rows)
 
     def count(self, prefix: bytes) -> int:
         return sum(key.startswith(prefix) for key in self._open())
@@ -59,6 +59,7 @@ class _Pending:
     def __init__(self) -> None:
         self.keys: list[bytes] = []
         self.rows: list[bytes] = []
+        self.stored = 0
 
     def add(self, keys: Sequence[bytes], rows: Sequence[bytes]) -> None:
         self.keys += keys

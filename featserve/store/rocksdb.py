@@ -60,7 +60,7 @@ class RocksStore:
     def read_many(self, keys: list[bytes]) -> list[bytes | None]:
         try:
             found: list[bytes | None] = self._db.get(keys)  # type: ignore[union-attr]
-        except Exception as error:  # noqa: BLE001 - rocksdict raises nothing narrower
+        except Exception as error:
             raise _translate(error, f"cannot read the store at {self.path}") from error
         return found
 
@@ -72,7 +72,7 @@ class RocksStore:
             for key, row, old in zip(names, best.values(), self.read_many(names), strict=True):
                 if old is None or old[STAMP] <= row[STAMP]:
                     batch.put(key, row)
-            stored = batch.len()
+            stored: int = batch.len()
             with translated(f"cannot write to the store at {self.path}"):
                 self._opened().write(batch, self._write_options)
             for load in self._loads:
@@ -135,6 +135,7 @@ class _Load:
         self._files: list[Path] = []
         self._staging: rocksdict.Rdict | None = None
         self._staged = 0
+        self.stored = 0
 
     def add(self, keys: Sequence[bytes], rows: Sequence[bytes]) -> None:
         best = newest(keys, rows)
@@ -147,6 +148,7 @@ class _Load:
             names = _winners(names, best, self._staged_rows(names))
         if names:
             self._files.append(self._write(names, best))
+            self.stored += len(names)
 
     def _write(self, names: list[bytes], best: dict[bytes, bytes]) -> Path:
         path = self._folder / f"{len(self._files):06d}.sst"
@@ -239,7 +241,7 @@ def translated(what: str) -> Iterator[None]:
         yield
     except StoreError:
         raise
-    except Exception as error:  # noqa: BLE001 - rocksdict raises nothing narrower
+    except Exception as error:
         raise _translate(error, what) from error
 
 

@@ -1,0 +1,247 @@
+"""The Python client: columns in, a matrix out, over gRPC.
+
+Needs only grpcio, protobuf and NumPy, and knows neither engine nor store. It fetches the schema of a service once and
+again when an answer says that it follows another.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import datetime
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import grpc
+
+from featserve import errors
+from featserve._proto import errors_pb2
+from featserve._proto import serving_pb2 as pb
+from featserve.batch import EntityKeys, Written
+from featserve.errors import FeatserveError, InvalidRequest, Violation
+from featserve.frames import Frame, mapping, rows_of
+from featserve.matrix import FeatureMatrix
+from featserve.schema import ServiceSchema, ServiceSummary
+from featserve.types import Type, to_us
+from featserve.wire import FULL_METHOD, decode_matrix, decode_schema, decode_view, encode_column, encode_rows
+
+Answer = TypeVar("Answer")
+
+RETRIES = json.dumps(
+    {
+        "methodConfig": [
+            {
+                "name": [{"service": "featserve.v1.FeatureServingService"}],
+                "retryPolicy": {
+                    "maxAttempts": 4,
+                    "initialBackoff": "0.05s",
+                    "maxBackoff": "1s",
+                    "backoffMultiplier": 3,
+                    "retryableStatusCodes": ["UNAVAILABLE"],
+                },
+            }
+        ]
+    }
+)
+"""gRPC's own service config: every method is safe to repeat, as a row written twice is the same row."""
+
+OPTIONS = (
+    ("grpc.service_config", RETRIES),
+    ("grpc.enable_retries", 1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+)
+
+
+def connect(target: str, *, timeout: float = 5.0, credentials: grpc.ChannelCredentials | None = None) -> Client:
+    """Return a client of the server at ``target`` ("host:port"); it connects when first used.
+
+    ``timeout``: the seconds that a call may take, retries included, unless the call says otherwise.
+    """
+    return Client(target, timeout=timeout, credentials=credentials)
+
+
+class Client:
+    """A client of one server. Safe to use from several threads. Use it as a context manager, or ``close`` it."""
+
+    def __init__(self, target: str, *, timeout: float, credentials: grpc.ChannelCredentials | None) -> None:
+        self._target, self._timeout = target, timeout
+        self._channel = (
+            grpc.insecure_channel(target, OPTIONS)
+            if credentials is None
+            else grpc.secure_channel(target, credentials, OPTIONS)
+        )
+        self._get = self._unary("GetFeatures", pb.GetFeaturesRequest, pb.GetFeaturesResponse)
+        self._schemas: dict[str, ServiceSchema] = {}
+        self._views: dict[str, dict[str, Type]] = {}
+
+    def get(
+        self,
+        service: str,
+        keys: Frame,
+        *,
+        as_of: datetime | None = None,
+        event_times: bool = False,
+        timeout: float | None = None,
+    ) -> FeatureMatrix:
+        """Return the features of ``service`` for a batch of entities, one row for each.
+
+        ``service``: ``name``, ``name@version`` or ``name#hash``. ``keys``: its key columns as a mapping of lists or
+        NumPy arrays, or a frame (pandas, polars, pyarrow) that has them. ``as_of``: an instant not after the server's
+        clock; now by default. ``timeout``: seconds. Raises an error of ``featserve.errors``.
+        """
+        schema = self._schemas.get(service)
+        fresh = schema is None
+        while True:
+            if schema is None:
+                schema = self.describe(service)
+            try:
+                request = self._request(service, schema, keys, as_of, event_times)
+                answer = self._call(self._get, request, timeout)
+            except InvalidRequest:
+                if fresh or self.describe(service).id == schema.id:
+                    raise
+                answer = None  # the service changed what it asks for
+            if answer is not None and answer.schema_id == schema.id:
+                return decode_matrix(answer, schema)
+            schema, fresh = None, True
+
+    def _request(
+        self, service: str, schema: ServiceSchema, keys: Frame, as_of: datetime | None, event_times: bool
+    ) -> pb.GetFeaturesRequest:
+        checked = EntityKeys.of(mapping(keys, schema.keys), schema.keys)
+        return pb.GetFeaturesRequest(
+            service=service,
+            keys=[encode_column(name, column) for name, column in checked.columns.items()],
+            as_of_us=None if as_of is None else to_us(as_of),
+            include_event_times=event_times,
+        )
+
+    def describe(self, service: str) -> ServiceSchema:
+        """Return the schema of a service, as the server has it now."""
+        method = self._unary("DescribeService", pb.DescribeServiceRequest, pb.DescribeServiceResponse)
+        schema = decode_schema(self._call(method, pb.DescribeServiceRequest(service=service), None).schema)
+        self._schemas[service] = schema
+        return schema
+
+    def list_services(self) -> list[ServiceSummary]:
+        """Return every service version that the server can be asked for."""
+        method = self._unary("ListServices", pb.ListServicesRequest, pb.ListServicesResponse)
+        answer = self._call(method, pb.ListServicesRequest(), None)
+        return [
+            ServiceSummary(s.name, s.version, s.hash, s.promoted, s.owner, s.description, s.features, tuple(s.keys))
+            for s in answer.services
+        ]
+
+    def write(
+        self, view: str, rows: Frame, *, event_time: Any, known_at: Any | None = None, timeout: float | None = None
+    ) -> Written:
+        """Write rows of a feature view, all or none; on return they survive as the server's durability says.
+
+        ``rows``: the view's key columns and features, a mapping or a frame. ``event_time`` and ``known_at``: the name
+        of a column of ``rows``, one datetime for all of them, or one for each; without ``known_at`` a row is known from
+        its arrival, or from its event time where that is later.
+        """
+        method = self._unary("WriteRows", pb.WriteRowsRequest, pb.WriteRowsResponse)
+        answer = self._call(method, self._rows(view, rows, event_time, known_at), timeout)
+        return Written(answer.rows, answer.stored)
+
+    def write_stream(
+        self,
+        view: str,
+        batches: Iterable[Frame],
+        *,
+        event_time: Any,
+        known_at: Any | None = None,
+        timeout: float | None = None,
+    ) -> Written:
+        """Write many batches on one stream, each of them all or none, in order.
+
+        The first batch that is refused ends it with its error, whose ``metadata["messages_written"]`` counts those
+        before it, which stay written. ``timeout``: seconds for the whole stream; none by default.
+        """
+        messages = (pb.StreamRowsRequest(request=self._rows(view, rows, event_time, known_at)) for rows in batches)
+        return self.write_messages(messages, timeout)
+
+    def write_messages(self, messages: Iterable[pb.StreamRowsRequest], timeout: float | None = None) -> Written:
+        """Write batches that are already encoded (``wire.encode_rows``) on one stream."""
+        method = self._channel.stream_unary(
+            f"{FULL_METHOD}StreamRows", pb.StreamRowsRequest.SerializeToString, pb.StreamRowsResponse.FromString
+        )
+        failed: list[Exception] = []
+        try:
+            answer = method(_watched(messages, failed), timeout=timeout)
+        except grpc.RpcError as error:
+            if failed:  # gRPC reports an error of the iterator as a cancelled call
+                raise failed[0] from None
+            raise translated(error, self._target) from None
+        return Written(answer.rows, answer.stored)
+
+    def _rows(self, view: str, rows: Frame, event_time: Any, known_at: Any | None) -> pb.WriteRowsRequest:
+        expected = self._views.get(view)
+        if expected is None:
+            method = self._unary("DescribeView", pb.DescribeViewRequest, pb.DescribeViewResponse)
+            expected = decode_view(self._call(method, pb.DescribeViewRequest(view=view), None))
+            self._views[view] = expected
+        return encode_rows(view, rows_of(rows, expected, event_time, known_at))
+
+    def _unary(self, name: str, request: Any, answer: type[Answer]) -> Callable[..., Answer]:
+        method: Callable[..., Answer] = self._channel.unary_unary(
+            FULL_METHOD + name,
+            request.SerializeToString,
+            answer.FromString,  # type: ignore[attr-defined]
+        )
+        return method
+
+    def _call(self, method: Callable[..., Answer], request: object, timeout: float | None) -> Answer:
+        try:
+            return method(request, timeout=self._timeout if timeout is None else timeout)
+        except grpc.RpcError as error:
+            raise translated(error, self._target) from None
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _watched(messages: Iterable[pb.StreamRowsRequest], failed: list[Exception]) -> Iterator[pb.StreamRowsRequest]:
+    """Yield the messages; keep what their iterator raises."""
+    try:
+        yield from messages
+    except Exception as error:
+        failed.append(error)
+        raise
+
+
+# For an error without details, as one made by gRPC itself is.
+_BY_CODE: Mapping[grpc.StatusCode, type[FeatserveError]] = {
+    grpc.StatusCode.UNAVAILABLE: errors.Unavailable,
+    grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: errors.Overloaded,
+    grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidRequest,
+}
+
+
+def translated(error: Any, target: str) -> FeatserveError:
+    """Return a gRPC error as the error of the tree that the server raised."""
+    details = dict(error.trailing_metadata() or ()).get("grpc-status-details-bin")
+    kind = _BY_CODE.get(error.code(), errors.ServingError)
+    if details is None:
+        return kind(f"{target}: {error.code().name}: {error.details()}")
+    info, bad = errors_pb2.ErrorInfo(), errors_pb2.BadRequest()
+    for detail in errors_pb2.ErrorStatus.FromString(details).details:
+        if detail.type_url.endswith("/google.rpc.ErrorInfo"):
+            info.MergeFromString(detail.value)
+        elif detail.type_url.endswith("/google.rpc.BadRequest"):
+            bad.MergeFromString(detail.value)
+    violations = [Violation(v.field, v.description) for v in bad.field_violations]
+    kind = errors.by_reason(info.reason) or kind
+    return kind(str(error.details()), violations=violations, metadata=dict(info.metadata))

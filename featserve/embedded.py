@@ -1,0 +1,125 @@
+"""featserve in your own process: the same answers as a server's, from the embedded store, with no network.
+
+Comes in: a project's folder. Knows no transport.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime
+from os import PathLike
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from featserve.batch import EntityKeys, Written
+from featserve.config import Config, load_config
+from featserve.engine import Engine
+from featserve.errors import StoreError, invalid
+from featserve.frames import Frame, mapping, rows_of
+from featserve.materialize import Loaded, Progress, load
+from featserve.matrix import FeatureMatrix
+from featserve.plan import Plans
+from featserve.registry import Load, Registry
+from featserve.schema import ServiceSchema
+from featserve.store import Access, open_store
+from featserve.types import to_us
+
+
+def open(path: str | PathLike[str], *, write: bool = False) -> Embedded:
+    """Open the project in folder ``path`` in this process.
+
+    ``write``: also write and materialize; only one process may, and a running server is one. Without it any number of
+    processes read, each what was there when it opened. Raises DefinitionError, RegistryError or StoreError.
+    """
+    return Embedded(load_config(Path(path)), "write" if write else "read")
+
+
+class Embedded:
+    """An open project. Use it as a context manager, or ``close`` it."""
+
+    def __init__(self, config: Config, access: Access) -> None:
+        self.config = config
+        self._access = access
+        self.registry = Registry.open(config.registry.url, create=False)
+        try:
+            plans = Plans(self.registry.snapshot())
+            store = open_store(
+                config.store.path,
+                access,
+                durability=config.store.durability,
+                block_cache_mb=config.store.block_cache_mb,
+                row_cache_mb=config.store.row_cache_mb,
+            )
+        except BaseException:
+            self.registry.close()
+            raise
+        self.engine = Engine(store, plans)
+
+    def get(
+        self, service: str, keys: Frame, *, as_of: datetime | None = None, event_times: bool = False
+    ) -> FeatureMatrix:
+        """Return the features of ``service`` for a batch of entities, one row for each; see ``Client.get``."""
+        plan = self.engine.plans.service(service)
+        now_us = clock_us()
+        if as_of is not None:
+            if to_us(as_of) > now_us:
+                raise invalid("as_of", f"{as_of} is after the clock")
+            now_us = to_us(as_of)
+        checked = EntityKeys.of(mapping(keys, plan.schema.keys), plan.schema.keys)
+        return self.engine.read(plan, checked, now_us, event_times=event_times)
+
+    def describe(self, service: str) -> ServiceSchema:
+        """Return the schema of a service."""
+        return self.engine.plans.service(service).schema
+
+    def write(self, view: str, rows: Frame, *, event_time: Any, known_at: Any | None = None) -> Written:
+        """Write rows of a feature view, all or none; see ``Client.write``."""
+        self._check_writable()
+        plan = self.engine.plans.view(view)
+        skew_us = int(self.config.server.max_future_skew_seconds * 1_000_000)
+        arrival = rows_of(rows, plan.columns, event_time, known_at)
+        return self.engine.write(plan, arrival, now_us=clock_us(), max_future_skew_us=skew_us)
+
+    def materialize(self, view: str, *, as_of: datetime | None = None, progress: Progress | None = None) -> Loaded:
+        """Load a view's batch source into the store, as of an instant (now by default), and record it."""
+        self._check_writable()
+        plan = self.engine.plans.view(view)
+        started = time.monotonic()
+        as_of_us = clock_us() if as_of is None else to_us(as_of)
+        loaded = load(self.engine.store, plan, self.config.folder, as_of_us, progress)
+        source = plan.view.source
+        assert source is not None
+        self.registry.record_load(
+            Load(
+                plan.view.id, as_of_us, clock_us(), loaded.rows_read, loaded.rows_stored, source.path,
+                time.monotonic() - started,
+            )
+        )  # fmt: skip
+        return loaded
+
+    def refresh(self) -> None:
+        """Take what was applied since the project was opened."""
+        self.engine.plans = Plans(self.registry.snapshot())
+
+    def _check_writable(self) -> None:
+        if self._access != "write":
+            raise StoreError("the project is open for reading; open it with featserve.open(path, write=True)")
+
+    def close(self) -> None:
+        """Close the store and the registry."""
+        self.engine.store.close()
+        self.registry.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def clock_us() -> int:
+    """Return the machine's time, int64 microseconds since the Unix epoch."""
+    return time.time_ns() // 1_000

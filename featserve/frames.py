@@ -1,0 +1,100 @@
+"""What callers bring, lists, arrays or a frame of theirs, as the mapping of columns that the rest works with.
+
+Frames are recognised by what they can do, so that pandas, polars and pyarrow need not be installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+
+from featserve.batch import Arrival, Int64s, ragged
+from featserve.errors import InvalidRequest, Violation, hint, invalid
+from featserve.types import Column, Timestamp, Type, column
+
+Frame = Any
+"""A mapping of names to lists or arrays, a pandas or polars DataFrame, or a pyarrow Table."""
+
+
+def is_frame(data: object) -> bool:
+    """Say whether ``data`` is a frame of another library, rather than a mapping."""
+    return not isinstance(data, Mapping) and (hasattr(data, "column_names") or hasattr(data, "columns"))
+
+
+def mapping(data: Frame, wanted: Iterable[str]) -> dict[str, Any]:
+    """Return the columns of ``data`` by name: all of a mapping, those ``wanted`` of a frame, which may hold more."""
+    if isinstance(data, Mapping):
+        return dict(data)
+    if not is_frame(data):
+        raise invalid("keys", f"expected a mapping of lists or arrays, or a frame, got {data.__class__.__name__}")
+    names = [str(name) for name in getattr(data, "column_names", getattr(data, "columns", ()))]
+    return {name: _values(data[name]) for name in wanted if name in names}
+
+
+def _values(series: Any) -> Any:
+    """Return one column of a frame as an array, or as a list where it has nulls or is no plain array."""
+    if hasattr(series, "to_pylist"):  # pyarrow
+        return series.to_pylist() if series.null_count or not _plain(str(series.type)) else series.to_numpy()
+    if hasattr(series, "null_count"):  # polars
+        return series.to_list() if series.null_count() or not _plain(str(series.dtype)) else series.to_numpy()
+    if series.dtype.kind in "OTU" or series.isna().any():
+        return [None if gone else value for value, gone in zip(series.tolist(), series.isna(), strict=True)]
+    return series.to_numpy()
+
+
+def _plain(dtype: str) -> bool:
+    return dtype.lower().startswith(("int", "uint", "float", "double", "bool"))
+
+
+def columns_of(data: Frame, expected: Mapping[str, Type]) -> dict[str, Column]:
+    """Return the columns of rows to write; raises InvalidRequest that names what is missing, extra or wrong."""
+    given = mapping(data, expected)
+    violations = [
+        Violation(f"columns.{n}", f"missing column {n!r} ({type_})") for n, type_ in expected.items() if n not in given
+    ] + [Violation(f"columns.{n}", f"unknown column {n!r}{hint(n, expected)}") for n in given if n not in expected]
+    if violations:
+        raise InvalidRequest("; ".join(v.description for v in violations), violations=violations)
+    columns = {name: column(type_, given[name], f"rows.{name}") for name, type_ in expected.items()}
+    if len({len(col) for col in columns.values()}) > 1:
+        raise ragged("columns", {name: len(col) for name, col in columns.items()})
+    return columns
+
+
+def rows_of(data: Frame, expected: Mapping[str, Type], event_time: Any, known_at: Any | None) -> Arrival:
+    """Return rows to write.
+
+    ``event_time`` and ``known_at``: the name of a column of ``data``, one datetime for all rows, or one for each.
+    """
+    extra = [name for name in (event_time, known_at) if isinstance(name, str)]
+    given = mapping(data, [*expected, *extra])
+    for name in extra:
+        if name not in given:
+            raise invalid("columns", f"there is no time column {name!r}{hint(name, given)}")
+    taken = {name: given[name] for name in extra}
+    columns = columns_of({name: values for name, values in given.items() if name not in extra}, expected)
+    rows = len(next(iter(columns.values())))
+    known = (
+        None
+        if known_at is None
+        else times_of("known_at", taken.get(known_at) if isinstance(known_at, str) else known_at, rows)
+    )
+    event = times_of("event_time", taken.get(event_time) if isinstance(event_time, str) else event_time, rows)
+    return Arrival(columns, event, known)
+
+
+def times_of(what: str, values: Any, rows: int) -> Int64s:
+    """Return int64 microseconds of shape (rows,) from one datetime or a sequence of them (naive means UTC)."""
+    if isinstance(values, datetime | np.datetime64):
+        values = [values] * rows
+    if not isinstance(values, Sequence | np.ndarray):
+        raise invalid(what, f"expected a datetime, datetimes or a column name, got {values.__class__.__name__}")
+    times = column(Timestamp, values, what)
+    if times.null_count:
+        assert times.valid is not None
+        raise invalid(what, f"row {int(np.argmin(times.valid))} is null; every row has one")
+    if len(times) != rows:
+        raise ragged(what, {what: len(times), "rows": rows})
+    return times.values

@@ -1,0 +1,1 @@
+"""The server: ``app`` wires it, ``service`` answers, ``grpcio`` is the transport."""

@@ -1,0 +1,105 @@
+"""The server's life: open the registry and the store, listen, follow the registry, drain.
+
+Comes in: a configuration. Nothing goes out: ``run`` returns when the process was told to stop and all is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+import uvloop
+
+from featserve.config import Config
+from featserve.engine import Engine
+from featserve.errors import FeatserveError
+from featserve.plan import Plans
+from featserve.registry import Registry
+from featserve.server.grpcio import GrpcioServer
+from featserve.server.service import Limits, Service
+from featserve.store import open_store
+
+log = logging.getLogger("featserve.server")
+
+
+def clock_us() -> int:
+    """Return the machine's time, int64 microseconds since the Unix epoch."""
+    return time.time_ns() // 1_000
+
+
+def run(config: Config, ready: Callable[[str], None] = lambda address: None) -> None:
+    """Serve until SIGTERM or SIGINT; ``ready`` is called with ``host:port`` once requests are taken.
+
+    SIGHUP takes what was newly applied at once; otherwise the registry is looked at every
+    ``registry_poll_seconds``. Raises StoreError, RegistryConflict or ServingError where it cannot start.
+    """
+    uvloop.run(serve(config, ready))
+
+
+async def serve(config: Config, ready: Callable[[str], None]) -> None:
+    registry = Registry.open(config.registry.url)
+    try:
+        plans = Plans(registry.snapshot())
+        store = open_store(
+            config.store.path,
+            "write",
+            durability=config.store.durability,
+            block_cache_mb=config.store.block_cache_mb,
+            row_cache_mb=config.store.row_cache_mb,
+        )
+        try:
+            await _serve(config, registry, Engine(store, plans), ready)
+        finally:
+            store.close()
+    finally:
+        registry.close()
+    log.info("stopped")
+
+
+async def _serve(config: Config, registry: Registry, engine: Engine, ready: Callable[[str], None]) -> None:
+    limits = Limits(config.server.max_rows, int(config.server.max_future_skew_seconds * 1_000_000))
+    server = GrpcioServer(Service(engine, limits, clock_us), config.server)
+    stop, reload = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, reload.set)
+    # What start-up made lives as long as the process: the collector need not walk it again.
+    gc.collect()
+    gc.freeze()
+    address = f"{config.server.host}:{await server.start(config.server.host, config.server.port)}"
+    snapshot = engine.plans.snapshot
+    log.info(
+        "serving",
+        extra={"address": address, "revision": snapshot.revision, "services": sorted(snapshot.services)},
+    )
+    if not snapshot.services:
+        log.warning("nothing is applied: run `featserve apply`; what it applies is served without a restart")
+    ready(address)
+    follower = asyncio.create_task(_follow(registry, engine, reload, config.server.registry_poll_seconds))
+    await stop.wait()
+    log.info("draining", extra={"limit_seconds": config.server.drain_seconds})
+    follower.cancel()
+    await server.drain(config.server.drain_seconds)
+
+
+async def _follow(registry: Registry, engine: Engine, reload: asyncio.Event, poll_seconds: float) -> None:
+    """Take each new snapshot of the registry; requests that began with the old one end with it."""
+    while True:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(reload.wait(), poll_seconds)
+        reload.clear()
+        try:
+            if await asyncio.to_thread(registry.revision) != engine.plans.snapshot.revision:
+                engine.plans = await asyncio.to_thread(lambda: Plans(registry.snapshot()))
+                snapshot = engine.plans.snapshot
+                log.info(
+                    "took a new snapshot", extra={"revision": snapshot.revision, "services": sorted(snapshot.services)}
+                )
+        except FeatserveError as error:
+            log.error("cannot follow the registry, still serving the old definitions: %s", error)

@@ -1,0 +1,160 @@
+"""The service: request bytes, metadata and a deadline in; answer bytes out, or an error of the tree.
+
+Knows no transport. Each transport calls ``METHODS[name]`` and turns errors into statuses with ``status``. Reads are run
+where they arrive; writes are run one at a time, in the transport's writer thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from featserve._proto import serving_pb2 as pb
+from featserve.batch import Written
+from featserve.engine import Engine
+from featserve.errors import DeadlineExceeded, FeatserveError, invalid
+from featserve.server.status import encode_error
+from featserve.wire import decode_keys, decode_rows, encode_matrix, encode_schema, encode_view, parse
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a transport knows of one call: its metadata, and the seconds that are left until its deadline, if any."""
+
+    metadata: Iterable[tuple[str, str | bytes]] = ()
+    remaining_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The bounds on one request: rows, and how far ahead of the clock a written time may be."""
+
+    max_rows: int
+    max_future_skew_us: int
+
+
+class Service:
+    """Answers the methods of FeatureServingService.
+
+    ``clock_us`` gives the instant of a request, int64 microseconds since the Unix epoch.
+    """
+
+    def __init__(self, engine: Engine, limits: Limits, clock_us: Callable[[], int]) -> None:
+        self.engine = engine
+        self._limits = limits
+        self._clock_us = clock_us
+
+    def get_features(self, data: bytes, call: Call) -> bytes:
+        """Answer a GetFeaturesRequest."""
+        check_deadline(call)
+        return self._features(parse(pb.GetFeaturesRequest, data)).SerializeToString()
+
+    def stream_features(self, data: bytes, call: Call) -> bytes:
+        """Answer one message of a StreamFeatures call; an error is an answer, too."""
+        try:
+            check_deadline(call)
+            answer = self._features(parse(pb.StreamFeaturesRequest, data).request)
+        except FeatserveError as error:
+            return pb.StreamFeaturesResponse(error=encode_error(error)).SerializeToString()
+        return pb.StreamFeaturesResponse(response=answer).SerializeToString()
+
+    def _features(self, request: pb.GetFeaturesRequest) -> pb.GetFeaturesResponse:
+        plan = self.engine.plans.service(request.service)
+        now_us = self._clock_us()
+        if request.HasField("as_of_us"):
+            if request.as_of_us > now_us:
+                raise invalid("as_of_us", f"{request.as_of_us} is after the server's clock, {now_us}")
+            now_us = request.as_of_us
+        keys = decode_keys(request.keys, plan.schema.keys, self._limits.max_rows)
+        matrix = self.engine.read(plan, keys, now_us, event_times=request.include_event_times)
+        return encode_matrix(matrix, include_schema=request.include_schema)
+
+    def describe_service(self, data: bytes, call: Call) -> bytes:
+        """Answer a DescribeServiceRequest."""
+        check_deadline(call)
+        request = parse(pb.DescribeServiceRequest, data)
+        schema = self.engine.plans.service(request.service).schema
+        return pb.DescribeServiceResponse(schema=encode_schema(schema)).SerializeToString()
+
+    def list_services(self, data: bytes, call: Call) -> bytes:
+        """Answer a ListServicesRequest."""
+        check_deadline(call)
+        parse(pb.ListServicesRequest, data)
+        snapshot = self.engine.plans.snapshot
+        answer = pb.ListServicesResponse()
+        for _, service in sorted(snapshot.services.items()):
+            answer.services.add(
+                name=service.name,
+                version=service.version,
+                hash=service.hash,
+                promoted=snapshot.service(service.name).version == service.version,
+                owner=service.owner,
+                description=service.description,
+                features=sum(len(s.names) for s in service.selections),
+                keys=list(service.keys),
+            )
+        return answer.SerializeToString()
+
+    def describe_view(self, data: bytes, call: Call) -> bytes:
+        """Answer a DescribeViewRequest."""
+        check_deadline(call)
+        plan = self.engine.plans.view(parse(pb.DescribeViewRequest, data).view)
+        return encode_view(plan.view).SerializeToString()
+
+    def write_rows(self, data: bytes, call: Call) -> bytes:
+        """Answer a WriteRowsRequest: its rows are all written, or none."""
+        check_deadline(call)
+        written = self._write(parse(pb.WriteRowsRequest, data))
+        return pb.WriteRowsResponse(rows=written.rows, stored=written.stored).SerializeToString()
+
+    def _write(self, request: pb.WriteRowsRequest) -> Written:
+        plan = self.engine.plans.view(request.view)
+        arrival = decode_rows(request, plan.columns, self._limits.max_rows)
+        skew_us = self._limits.max_future_skew_us
+        return self.engine.write(plan, arrival, now_us=self._clock_us(), max_future_skew_us=skew_us)
+
+    def stream_rows(self) -> RowStream:
+        """Start a StreamRows call."""
+        return RowStream(self._write)
+
+
+class RowStream:
+    """One StreamRows call: each message is written when it is added."""
+
+    def __init__(self, write: Callable[[pb.WriteRowsRequest], Written]) -> None:
+        self._write = write
+        self._totals = pb.StreamRowsResponse()
+
+    def add(self, data: bytes, call: Call) -> None:
+        """Write one StreamRowsRequest; an error says how many messages before it were written."""
+        try:
+            check_deadline(call)
+            written = self._write(parse(pb.StreamRowsRequest, data).request)
+        except FeatserveError as error:
+            error.metadata["messages_written"] = str(self._totals.messages)
+            raise
+        self._totals.messages += 1
+        self._totals.rows += written.rows
+        self._totals.stored += written.stored
+
+    def finish(self) -> bytes:
+        """Return the answer."""
+        return self._totals.SerializeToString()
+
+
+def check_deadline(call: Call) -> None:
+    """Refuse work whose caller no longer waits for it."""
+    if call.remaining_s is not None and call.remaining_s <= 0:
+        raise DeadlineExceeded("the deadline passed before the request was begun; nothing was done")
+
+
+READS = {
+    "GetFeatures": Service.get_features,
+    "DescribeService": Service.describe_service,
+    "ListServices": Service.list_services,
+    "DescribeView": Service.describe_view,
+}
+"""Methods of one request and one answer that only read."""
+
+WRITES = {"WriteRows": Service.write_rows}
+"""Methods of one request and one answer that write."""

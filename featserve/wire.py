@@ -1,0 +1,302 @@
+"""Messages of the wire contract, to and from the values that the rest of featserve works with.
+
+Comes in and goes out: protobuf messages on one side; keys, batches, matrices and schemas on the other. What arrives is
+checked here, so that nothing past this module meets a column of the wrong length or a string that is not UTF-8. Used by
+the server and by the client; knows neither.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from featserve._proto import serving_pb2 as pb
+from featserve.batch import Arrival, EntityKeys, key_names, ragged
+from featserve.definitions import FeatureView
+from featserve.errors import InvalidRequest, TooLarge, Violation, hint, invalid
+from featserve.matrix import FeatureMatrix
+from featserve.schema import FeatureSchema, ServiceSchema, ViewSchema
+from featserve.types import Array, Column, Int64, Mask, Type, type_of_code
+
+FULL_METHOD = "/featserve.v1.FeatureServingService/"
+
+
+def decode_keys(columns: Iterable[pb.Column], expected: Mapping[str, Type], max_rows: int) -> EntityKeys:
+    """Return the checked key columns of a request; raises InvalidRequest or TooLarge that names the column."""
+    given: dict[str, Column] = {}
+    for message in columns:
+        if message.name in given:
+            raise invalid(f"keys.{message.name}", "the column stands twice")
+        if message.name not in expected:
+            raise key_names([c.name for c in columns], expected)
+        given[message.name] = decode_column(message, expected[message.name], f"keys.{message.name}", max_rows)
+    return EntityKeys.of(given, expected)
+
+
+def decode_column(message: pb.Column, expected: Type, where: str, max_rows: int) -> Column:
+    """Return a column of the ``expected`` type; ``where`` names it in errors."""
+    if message.type != expected.code or message.length != (expected.length if expected.vector else 0):
+        got = type_of_code(message.type, message.length or 1)
+        raise invalid(where, f"expected {expected}, got {got if got is not None else f'type number {message.type}'}")
+    data = message.data
+    if expected.variable:
+        column = _decode_strings(message, expected, where)
+    else:
+        rows, rest = divmod(len(data), expected.width)
+        if rest or message.offsets:
+            raise invalid(where, f"{len(data):,} bytes are not a whole number of {expected}")
+        values: Array = np.frombuffer(data, expected.dtype)
+        if expected.name == "bool" and len(data) and np.frombuffer(data, np.uint8).max() > 1:
+            raise invalid(where, "a bool is one byte, 0 or 1")
+        column = Column(expected, values.reshape(rows, expected.length) if expected.vector else values)
+    if len(column) > max_rows:
+        raise TooLarge(
+            f"{where}: {len(column):,} rows; the most in one request is {max_rows:,}. Send several requests",
+            violations=[Violation(where, f"{len(column):,} rows; the most is {max_rows:,}")],
+        )
+    if message.validity:
+        valid = unpack_bits(message.validity, len(column), where)
+        return column if valid.all() else Column(column.type, column.values, column.offsets, valid)
+    return column
+
+
+def _decode_strings(message: pb.Column, expected: Type, where: str) -> Column:
+    raw, data = message.offsets, message.data
+    if len(raw) % 4 or not raw:
+        raise invalid(where, "offsets are n + 1 uint32, little-endian")
+    offsets = np.frombuffer(raw, "<u4").astype(np.int64)
+    if offsets[0] != 0 or offsets[-1] != len(data) or (len(offsets) > 2 and (offsets[1:] < offsets[:-1]).any()):
+        raise invalid(where, f"offsets do not rise from 0 to the {len(data):,} bytes of data")
+    values = np.frombuffer(data, np.uint8)
+    if expected.name == "string" and not data.isascii():
+        _check_utf8(data, values, offsets, where)
+    return Column(expected, values, offsets)
+
+
+def _check_utf8(data: bytes, values: Array, offsets: Array, where: str) -> None:
+    """Refuse a column whose bytes are not UTF-8, or one of whose values starts in the middle of a character."""
+    try:
+        data.decode()
+        starts = offsets[:-1][offsets[:-1] < len(values)]
+        broken = starts[(values[starts] & 0xC0) == 0x80]
+        at = int(broken[0]) if len(broken) else None
+    except UnicodeDecodeError as error:
+        at = error.start
+    if at is not None:
+        row = int(np.searchsorted(offsets, at, side="right")) - 1
+        raise invalid(where, f"row {row} is not valid UTF-8")
+
+
+def encode_column(name: str, column: Column) -> pb.Column:
+    """Return the message of one column."""
+    type_ = column.type
+    return pb.Column(
+        name=name,
+        type=type_.code,  # type: ignore[arg-type]
+        data=np.ascontiguousarray(column.values).tobytes(),
+        offsets=b"" if column.offsets is None else column.offsets.astype("<u4").tobytes(),
+        validity=b"" if column.valid is None else np.packbits(column.valid, bitorder="little").tobytes(),
+        length=type_.length if type_.vector else 0,
+    )
+
+
+def unpack_bits(data: bytes, rows: int, where: str) -> Mask:
+    """Return bool of shape (rows,) from bits, least significant first."""
+    if len(data) != (rows + 7) // 8:
+        raise invalid(where, f"{len(data):,} bytes of validity for {rows:,} rows")
+    return np.unpackbits(np.frombuffer(data, np.uint8), count=rows, bitorder="little").view(np.bool_)
+
+
+def encode_matrix(matrix: FeatureMatrix, *, include_schema: bool = False) -> pb.GetFeaturesResponse:
+    """Return the answer that carries ``matrix``."""
+    schema = matrix.schema
+    answer = pb.GetFeaturesResponse(
+        schema_id=schema.id, rows=len(matrix), values=matrix.values.tobytes(), status=matrix.view_status.tobytes()
+    )
+    if matrix.valid is not None and not matrix.valid.all():
+        answer.validity = np.packbits(matrix.valid, axis=1, bitorder="little").tobytes()
+    for column in matrix.columns:
+        answer.columns.append(encode_column("", Column(column.type, column.values, column.offsets)))
+    if matrix.event_times is not None:
+        answer.event_times = matrix.event_times.tobytes()
+    if include_schema:
+        answer.schema.CopyFrom(encode_schema(schema))
+    return answer
+
+
+def decode_matrix(answer: pb.GetFeaturesResponse, schema: ServiceSchema) -> FeatureMatrix:
+    """Return the matrix that ``answer`` carries; raises InvalidRequest where it does not fit ``schema``."""
+    rows, views, features = answer.rows, len(schema.views), len(schema.features)
+    dtype = schema.numpy_dtype
+    sizes = (
+        ("values", len(answer.values), rows * schema.width * dtype.itemsize),
+        ("status", len(answer.status), rows * views),
+        ("columns", len(answer.columns), len(schema.column_features)),
+    )
+    for what, got, expected in sizes:
+        if got != expected:
+            raise invalid(f"answer.{what}", f"{got:,} do not fit schema {schema.reference}, which says {expected:,}")
+    valid = None
+    if answer.validity:
+        packed = np.frombuffer(answer.validity, np.uint8).reshape(rows, -1)
+        valid = np.unpackbits(packed, axis=1, count=features, bitorder="little").view(np.bool_)
+    columns = [
+        decode_column(message, f.type, f"answer.{f.name}", 2**31)
+        for f, message in zip(schema.column_features, answer.columns, strict=True)
+    ]
+    if valid is not None:
+        position = [i for i, f in enumerate(schema.features) if f.column is not None]
+        columns = [Column(c.type, c.values, c.offsets, valid[:, i]) for c, i in zip(columns, position, strict=True)]
+    return FeatureMatrix(
+        schema,
+        np.frombuffer(answer.values, dtype).reshape(rows, schema.width),
+        tuple(columns),
+        np.frombuffer(answer.status, np.uint8).reshape(rows, views),
+        valid,
+        np.frombuffer(answer.event_times, "<i8").reshape(rows, views) if answer.event_times else None,
+    )
+
+
+def encode_schema(schema: ServiceSchema) -> pb.ServiceSchema:
+    """Return the message of a schema."""
+    message = pb.ServiceSchema(
+        name=schema.name, version=schema.version, hash=schema.hash, dtype=schema.dtype.code,  # type: ignore[arg-type]
+        width=schema.width, owner=schema.owner, description=schema.description,
+    )  # fmt: skip
+    for name, type_ in schema.keys.items():
+        message.keys.add(name=name, type=type_.code)
+    for view in schema.views:
+        message.views.add(
+            name=view.name, version=view.version, hash=view.hash, keys=view.keys, ttl_us=view.ttl_us,
+            owner=view.owner, description=view.description,
+        )  # fmt: skip
+    for f in schema.features:
+        message.features.add(
+            name=f.name, type=f.type.code, length=f.type.length if f.type.vector else 0, view=f.view,
+            tensor=f.tensor, column=f.column, description=f.description, default_json=f.default_json,
+        )  # fmt: skip
+    return message
+
+
+def decode_schema(message: pb.ServiceSchema) -> ServiceSchema:
+    """Return the schema that a message carries."""
+    return ServiceSchema(
+        message.name,
+        message.version,
+        message.hash,
+        _type(message.dtype),
+        message.width,
+        {key.name: _type(key.type) for key in message.keys},
+        tuple(
+            ViewSchema(
+                v.name, v.version, v.hash, tuple(v.keys), v.ttl_us if v.HasField("ttl_us") else None,
+                v.owner, v.description,
+            )
+            for v in message.views
+        ),
+        tuple(
+            FeatureSchema(
+                f.name, _type(f.type, f.length), f.view,
+                f.tensor if f.HasField("tensor") else None, f.column if f.HasField("column") else None,
+                f.description, f.default_json,
+            )
+            for f in message.features
+        ),
+        message.owner,
+        message.description,
+    )  # fmt: skip
+
+
+def encode_view(view: FeatureView) -> pb.DescribeViewResponse:
+    """Return the message that describes a view to those who write its rows."""
+    message = pb.DescribeViewResponse(
+        name=view.name, version=view.version, hash=view.hash, ttl_us=view.ttl_us, owner=view.owner,
+        description=view.description,
+    )  # fmt: skip
+    for name, type_ in view.entity.keys.items():
+        message.keys.add(name=name, type=type_.code)
+    for f in view.features:
+        message.features.add(
+            name=f.name, type=f.type.code, length=f.type.length if f.type.vector else 0,
+            description=f.description, default_json="" if f.default is None else json.dumps(f.default),
+        )  # fmt: skip
+    return message
+
+
+def decode_view(message: pb.DescribeViewResponse) -> dict[str, Type]:
+    """Return the type of each column that a row of the view has: its keys, then its features."""
+    return {key.name: _type(key.type) for key in message.keys} | {
+        f.name: _type(f.type, f.length) for f in message.features
+    }
+
+
+def _type(code: int, length: int = 1) -> Type:
+    found = type_of_code(code, length)
+    if found is None:
+        raise invalid("schema", f"type number {code} is not known to this client; upgrade featserve")
+    return found
+
+
+def decode_times(data: bytes, where: str) -> Array:
+    """Return int64 microseconds of shape (n,)."""
+    if len(data) % 8:
+        raise invalid(where, f"{len(data):,} bytes are not a whole number of int64")
+    return np.frombuffer(data, Int64.dtype)
+
+
+def decode_rows(request: pb.WriteRowsRequest, expected: Mapping[str, Type], max_rows: int) -> Arrival:
+    """Return the rows of a write, their columns all of one length."""
+    given: dict[str, Column] = {}
+    violations: list[Violation] = []
+    for message in request.columns:
+        name = message.name
+        if name in given:
+            violations.append(Violation(f"columns.{name}", f"column {name!r} stands twice"))
+        elif name not in expected:
+            violations.append(Violation(f"columns.{name}", f"unknown column {name!r}{hint(name, expected)}"))
+        else:
+            given[name] = decode_column(message, expected[name], f"columns.{name}", max_rows)
+    violations += [
+        Violation(f"columns.{name}", f"missing column {name!r} ({expected[name]})")
+        for name in expected
+        if name not in given
+    ]
+    if violations:
+        raise InvalidRequest("; ".join(v.description for v in violations), violations=violations)
+    event_times = decode_times(request.event_times, "event_times")
+    known_at = decode_times(request.known_at, "known_at") if request.known_at else None
+    positions = decode_times(request.source_positions, "source_positions") if request.source_positions else None
+    lengths = {name: len(column) for name, column in given.items()} | {"event_times": len(event_times)}
+    lengths |= {n: len(t) for n, t in (("known_at", known_at), ("source_positions", positions)) if t is not None}
+    if len(set(lengths.values())) > 1:
+        raise ragged("columns", lengths)
+    if len(event_times) == 0:
+        raise invalid("columns", "the batch is empty; send at least one row")
+    return Arrival(given, event_times, known_at, positions)
+
+
+def encode_rows(view: str, rows: Arrival) -> pb.WriteRowsRequest:
+    """Return the message that writes rows of a view."""
+    return pb.WriteRowsRequest(
+        view=view,
+        columns=[encode_column(name, column) for name, column in rows.columns.items()],
+        event_times=_encode_times(rows.event_time_us),
+        known_at=_encode_times(rows.known_at_us),
+        source_positions=_encode_times(rows.source_positions),
+    )
+
+
+def _encode_times(times: Array | None) -> bytes:
+    return b"" if times is None else times.astype("<i8").tobytes()
+
+
+def parse(kind: type[Any], data: bytes) -> Any:
+    """Return a message from bytes; raises InvalidRequest for bytes that are not one."""
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:
+        raise invalid("request", f"{len(data):,} bytes that are no {kind.DESCRIPTOR.name}: {error}") from None
