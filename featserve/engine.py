@@ -112,8 +112,8 @@ def _fill(
         else:
             answer.values[:, target] = decoded.fixed[run][:, source]
     if valid is not None:
-        for position, place in view.unmarked:
-            answer.values[~valid[:, position], place] = np.nan
+        for position, at in view.unmarked:
+            answer.values[~valid[:, position], at] = np.nan
     for index, type_, place, position in view.columns:
         answer.columns[index] = decoded.column(type_, place, None if valid is None else valid[:, position])
 
