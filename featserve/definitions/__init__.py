@@ -1,0 +1,25 @@
+"""What a team writes down once: entities, sources, feature views, on-demand transforms and feature services.
+
+Comes in: Python objects in a definitions file. Goes out: frozen values, each with a canonical JSON form (``to_dict``),
+the part of that form which can change a value (``meaning``) and its hash. Everything inconsistent fails here, at
+construction, with a message that says what and where. Knows no file, no registry, no store.
+"""
+
+from featserve.definitions.rules import Json, content_hash, micros
+from featserve.definitions.service import FeatureService
+from featserve.definitions.source import CsvSource, ParquetSource, Source
+from featserve.definitions.view import Entity, FeatureView, Field, Selection
+
+__all__ = [
+    "CsvSource",
+    "Entity",
+    "FeatureService",
+    "FeatureView",
+    "Field",
+    "Json",
+    "ParquetSource",
+    "Selection",
+    "Source",
+    "content_hash",
+    "micros",
+]
