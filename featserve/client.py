@@ -17,9 +17,9 @@ import grpc
 from featserve import errors
 from featserve._proto import errors_pb2
 from featserve._proto import serving_pb2 as pb
-from featserve.batch import EntityKeys, Written
+from featserve.batch import Written
 from featserve.errors import FeatserveError, InvalidRequest, Violation
-from featserve.frames import Frame, mapping, rows_of
+from featserve.frames import Frame, request_of, rows_of
 from featserve.matrix import FeatureMatrix
 from featserve.schema import ServiceSchema, ServiceSummary
 from featserve.types import Type, to_us
@@ -80,6 +80,7 @@ class Client:
         service: str,
         keys: Frame,
         *,
+        request: Frame | None = None,
         as_of: datetime | None = None,
         event_times: bool = False,
         timeout: float | None = None,
@@ -87,8 +88,9 @@ class Client:
         """Return the features of ``service`` for a batch of entities, one row for each.
 
         ``service``: ``name``, ``name@version`` or ``name#hash``. ``keys``: its key columns as a mapping of lists or
-        NumPy arrays, or a frame (pandas, polars, pyarrow) that has them. ``as_of``: an instant not after the server's
-        clock; now by default. ``timeout``: seconds. Raises an error of ``featserve.errors``.
+        NumPy arrays, or a frame (pandas, polars, pyarrow) that has them. ``request``: likewise the columns that its
+        transforms need from the request; a frame of keys may hold them, too. ``as_of``: an instant not after the
+        server's clock; now by default. ``timeout``: seconds. Raises an error of ``featserve.errors``.
         """
         schema = self._schemas.get(service)
         fresh = schema is None
@@ -96,8 +98,8 @@ class Client:
             if schema is None:
                 schema = self.describe(service)
             try:
-                request = self._request(service, schema, keys, as_of, event_times)
-                answer = self._call(self._get, request, timeout)
+                message = self._request(service, schema, keys, request, as_of, event_times)
+                answer = self._call(self._get, message, timeout)
             except InvalidRequest:
                 if fresh or self.describe(service).id == schema.id:
                     raise
@@ -107,14 +109,21 @@ class Client:
             schema, fresh = None, True
 
     def _request(
-        self, service: str, schema: ServiceSchema, keys: Frame, as_of: datetime | None, event_times: bool
+        self,
+        service: str,
+        schema: ServiceSchema,
+        keys: Frame,
+        request: Frame | None,
+        as_of: datetime | None,
+        event_times: bool,
     ) -> pb.GetFeaturesRequest:
-        checked = EntityKeys.of(mapping(keys, schema.keys), schema.keys)
+        checked, columns = request_of(keys, request, schema)
         return pb.GetFeaturesRequest(
             service=service,
             keys=[encode_column(name, column) for name, column in checked.columns.items()],
             as_of_us=None if as_of is None else to_us(as_of),
             include_event_times=event_times,
+            request_columns=[encode_column(name, column) for name, column in columns.items()],
         )
 
     def describe(self, service: str) -> ServiceSchema:
@@ -160,10 +169,10 @@ class Client:
         The first batch that is refused ends it with its error, whose ``metadata["messages_written"]`` counts those
         before it, which stay written. ``timeout``: seconds for the whole stream; none by default.
         """
-        messages = (pb.StreamRowsRequest(request=self._rows(view, rows, event_time, known_at)) for rows in batches)
+        messages = (self._rows(view, rows, event_time, known_at) for rows in batches)
         return self.write_messages(messages, timeout)
 
-    def write_messages(self, messages: Iterable[pb.StreamRowsRequest], timeout: float | None = None) -> Written:
+    def write_messages(self, messages: Iterable[pb.WriteRowsRequest], timeout: float | None = None) -> Written:
         """Write batches that are already encoded (``wire.encode_rows``) on one stream."""
         method = self._channel.stream_unary(
             f"{FULL_METHOD}StreamRows", pb.StreamRowsRequest.SerializeToString, pb.StreamRowsResponse.FromString
@@ -212,10 +221,11 @@ class Client:
         self.close()
 
 
-def _watched(messages: Iterable[pb.StreamRowsRequest], failed: list[Exception]) -> Iterator[pb.StreamRowsRequest]:
-    """Yield the messages; keep what their iterator raises."""
+def _watched(messages: Iterable[pb.WriteRowsRequest], failed: list[Exception]) -> Iterator[pb.StreamRowsRequest]:
+    """Yield the messages as the stream carries them; keep what their iterator raises."""
     try:
-        yield from messages
+        for message in messages:
+            yield pb.StreamRowsRequest(request=message)
     except Exception as error:
         failed.append(error)
         raise

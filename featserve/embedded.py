@@ -12,11 +12,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from featserve.batch import EntityKeys, Written
+from featserve.batch import Written
 from featserve.config import Config, load_config
 from featserve.engine import Engine
 from featserve.errors import StoreError, invalid
-from featserve.frames import Frame, mapping, rows_of
+from featserve.frames import Frame, request_of, rows_of
 from featserve.materialize import Loaded, Progress, load
 from featserve.matrix import FeatureMatrix
 from featserve.plan import Plans
@@ -57,17 +57,19 @@ class Embedded:
         self.engine = Engine(store, plans)
 
     def get(
-        self, service: str, keys: Frame, *, as_of: datetime | None = None, event_times: bool = False
+        self,
+        service: str,
+        keys: Frame,
+        *,
+        request: Frame | None = None,
+        as_of: datetime | None = None,
+        event_times: bool = False,
     ) -> FeatureMatrix:
         """Return the features of ``service`` for a batch of entities, one row for each; see ``Client.get``."""
         plan = self.engine.plans.service(service)
-        now_us = clock_us()
-        if as_of is not None:
-            if to_us(as_of) > now_us:
-                raise invalid("as_of", f"{as_of} is after the clock")
-            now_us = to_us(as_of)
-        checked = EntityKeys.of(mapping(keys, plan.schema.keys), plan.schema.keys)
-        return self.engine.read(plan, checked, now_us, event_times=event_times)
+        now_us = instant_us(as_of)
+        checked, columns = request_of(keys, request, plan.schema)
+        return self.engine.read(plan, checked, now_us, request_columns=columns, event_times=event_times)
 
     def describe(self, service: str) -> ServiceSchema:
         """Return the schema of a service."""
@@ -86,7 +88,7 @@ class Embedded:
         self._check_writable()
         plan = self.engine.plans.view(view)
         started = time.monotonic()
-        as_of_us = clock_us() if as_of is None else to_us(as_of)
+        as_of_us = instant_us(as_of)
         loaded = load(self.engine.store, plan, self.config.folder, as_of_us, progress)
         source = plan.view.source
         assert source is not None
@@ -118,6 +120,16 @@ class Embedded:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def instant_us(as_of: datetime | None) -> int:
+    """Return an instant that is not after the clock, now by default, as int64 microseconds."""
+    now_us = clock_us()
+    if as_of is None:
+        return now_us
+    if to_us(as_of) > now_us:
+        raise invalid("as_of", f"{as_of} is after the clock")
+    return to_us(as_of)
 
 
 def clock_us() -> int:

@@ -14,6 +14,8 @@
         ├── DeadlineExceeded    the caller stopped waiting, so the work was not done
         ├── Unavailable         the server is starting, draining or gone
         ├── RegistryError       the registry's database cannot be opened, read or written, or was tampered with
+        │   └── RegistryMissing     nothing was applied yet
+        ├── TransformError      an on-demand transform raised, or broke its declaration
         └── StoreError          the store cannot be opened, read or written
             ├── StoreLocked     another process has it open for writing
             ├── StoreFull       no space left on the device
@@ -102,6 +104,14 @@ class Unavailable(ServingError):
 
 class RegistryError(ServingError):
     reason = "REGISTRY_ERROR"
+
+
+class RegistryMissing(RegistryError):
+    reason = "REGISTRY_MISSING"
+
+
+class TransformError(ServingError):
+    reason = "TRANSFORM_FAILED"
 
 
 class StoreError(ServingError):

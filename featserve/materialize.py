@@ -24,8 +24,8 @@ from featserve.store import OnlineStore
 CHUNK_BYTES = 512 << 20
 """Encoded rows held in memory before they are staged."""
 
-Progress = Callable[[int, int], None]
-"""Called with the rows read so far and the bytes or rows in all, as ``sources.read_batches`` says."""
+Progress = Callable[[int, float], None]
+"""Called after each batch with the rows taken so far, and the part of the source that is read, from 0 to 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +45,24 @@ def visible_batches(
     """
     if view.source is None:
         raise SourceError(f"feature view {view.id} has no source; its rows are only written online")
-    for batch in read_batches(view, root, progress=progress):
+    rows, part = 0, 0.0
+
+    def note(done: int, total: int) -> None:
+        nonlocal part
+        part = done / total if total else 1.0
+
+    for batch in read_batches(view, root, progress=note):
         try:
-            check_rows(view, batch, first_row=int(batch.sequence[0]) if len(batch) else 0)
+            check_rows(view, batch, first_row=rows)
         except InvalidRequest as error:
             raise SourceError(f"{view.source.path}: {error}", violations=error.violations) from None
         visible = (batch.event_time_us <= as_of_us) & (batch.known_at_us <= as_of_us)
         yield len(batch), batch if visible.all() else batch.take(np.nonzero(visible)[0])
+        rows += len(batch)
+        if progress is not None:
+            progress(rows, part)
+    if progress is not None:
+        progress(rows, 1.0)
 
 
 def load(store: OnlineStore, plan: WritePlan, root: Path, as_of_us: int, progress: Progress | None = None) -> Loaded:

@@ -81,3 +81,10 @@ def open_store(
     return RocksStore(
         path, access, fsync=durability == "fsync", block_cache_mb=block_cache_mb, row_cache_mb=row_cache_mb
     )
+
+
+def is_held(path: Path) -> bool:
+    """Say whether another process has the store in folder ``path`` open for writing."""
+    from featserve.store.rocksdb import is_locked
+
+    return is_locked(path)

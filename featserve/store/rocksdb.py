@@ -7,6 +7,8 @@ step.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
 import threading
@@ -192,6 +194,20 @@ class _Load:
         if self._staging is not None:
             self._staging.close()
         shutil.rmtree(self._folder)
+
+
+def is_locked(path: Path) -> bool:
+    """Say whether another process holds RocksDB's lock on folder ``path``."""
+    try:
+        with (path / "LOCK").open("rb") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back when the file is closed
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return True
+        raise _translate(error, f"cannot look at the store at {path}") from error
+    return False
 
 
 def _winners(names: list[bytes], best: dict[bytes, bytes], old: Sequence[bytes | None]) -> list[bytes]:
