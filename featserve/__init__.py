@@ -17,9 +17,13 @@ if TYPE_CHECKING:
         FeatureService,
         FeatureView,
         Field,
+        OnDemandTransform,
         ParquetSource,
+        RequestColumn,
+        RequestTime,
         Selection,
         Source,
+        on_demand_transform,
     )
     from featserve.embedded import Embedded, open
     from featserve.errors import FeatserveError
@@ -31,7 +35,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "client": ("Client", "connect"),
     "definitions": (
-        "CsvSource", "Entity", "FeatureService", "FeatureView", "Field", "ParquetSource", "Selection", "Source",
+        "CsvSource", "Entity", "FeatureService", "FeatureView", "Field", "OnDemandTransform", "ParquetSource",
+        "RequestColumn", "RequestTime", "Selection", "Source", "on_demand_transform",
     ),
     "embedded": ("Embedded", "open"),
     "errors": ("FeatserveError",),
@@ -42,8 +47,9 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Bool", "Bytes", "Client", "CsvSource", "Embedded", "Entity", "FeatserveError", "FeatureMatrix", "FeatureService",
-    "FeatureView", "Field", "Float32", "Float64", "Int32", "Int64", "ParquetSource", "Selection", "Source", "Status",
-    "String", "Timestamp", "Vector", "__version__", "connect", "open",
+    "FeatureView", "Field", "Float32", "Float64", "Int32", "Int64", "OnDemandTransform", "ParquetSource",
+    "RequestColumn", "RequestTime", "Selection", "Source", "Status", "String", "Timestamp", "Vector", "__version__",
+    "connect", "on_demand_transform", "open",
 ]  # fmt: skip
 
 

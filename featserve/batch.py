@@ -33,7 +33,7 @@ class EntityKeys:
         another type, ragged, empty, or holding a null.
         """
         if len(keys) != len(expected) or any(name not in expected for name in keys):
-            raise key_names(keys, expected)
+            raise column_names("keys", keys, expected)
         columns: dict[str, Column] = {}
         count = -1
         for name, type_ in expected.items():
@@ -103,17 +103,37 @@ class Written:
     stored: int
 
 
-def key_names(given: Iterable[str], expected: Mapping[str, Type]) -> InvalidRequest:
-    """Return the error for missing or extra key columns."""
-    violations = [
-        Violation(f"keys.{name}", f"missing key column {name!r} ({expected[name]})")
-        for name in expected
-        if name not in given
-    ] + [
-        Violation(f"keys.{name}", f"unknown key column {name!r}{hint(name, expected)}")
-        for name in given
+def check_request_columns(
+    given: Mapping[str, Column | Iterable[Any]], expected: Mapping[str, Type], rows: int
+) -> dict[str, Column]:
+    """Return a request's other columns, each of the expected type and of ``rows`` values, nulls allowed.
+
+    Raises InvalidRequest that names the column: missing, extra, of another type, or of another length.
+    """
+    if len(given) != len(expected) or any(name not in expected for name in given):
+        raise column_names("request_columns", given, expected)
+    columns: dict[str, Column] = {}
+    for name, type_ in expected.items():
+        values = given[name]
+        col = values if isinstance(values, Column) else column(type_, values, f"request_columns.{name}")
+        if len(col) != rows:
+            raise ragged("request_columns", {name: len(col), "keys": rows})
+        columns[name] = col
+    return columns
+
+
+def column_names(where: str, given: Iterable[str], expected: Mapping[str, Type]) -> InvalidRequest:
+    """Return the error for columns that are missing, unknown or repeated; ``where`` is "keys" or "request_columns"."""
+    kind = {"keys": "key column", "request_columns": "request column"}[where]
+    names = list(given)
+    wrong = [(name, f"missing {kind} {name!r} ({expected[name]})") for name in expected if name not in names]
+    wrong += [
+        (name, f"unknown {kind} {name!r}{hint(name, expected)}")
+        for name in dict.fromkeys(names)
         if name not in expected
     ]
+    wrong += [(name, f"{kind} {name!r} stands twice") for name in dict.fromkeys(names) if names.count(name) > 1]
+    violations = [Violation(f"{where}.{name}", description) for name, description in wrong]
     return InvalidRequest("; ".join(v.description for v in violations), violations=violations)
 
 

@@ -7,6 +7,7 @@ parameter) and, on the read path, looks up no definition, takes no lock and touc
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +20,25 @@ from featserve.matrix import FeatureMatrix, Status
 from featserve.plan import Plans, ReadPlan, ViewRead, WritePlan
 from featserve.schema import ServiceSchema
 from featserve.store import OnlineStore
-from featserve.types import NEVER_US, Array, Column, Float32, Mask
+from featserve.transform import REQUEST_TIME, Slots, request_slot, run
+from featserve.types import NEVER_US, Array, Column, Float32, Mask, Timestamp
+
+NOTHING: Mapping[str, Column] = {}
 
 
 def read(
-    store: OnlineStore, plan: ReadPlan, keys: EntityKeys, now_us: int, *, event_times: bool = False
+    store: OnlineStore,
+    plan: ReadPlan,
+    keys: EntityKeys,
+    now_us: int,
+    *,
+    request_columns: Mapping[str, Column] = NOTHING,
+    event_times: bool = False,
 ) -> FeatureMatrix:
     """Return the features of ``plan`` for ``keys`` at the instant ``now_us``, with one read of the store.
 
-    ``event_times``: also return them. Raises CorruptRow or StoreError.
+    ``request_columns``: checked, as the plan's schema says. ``event_times``: also return them. Raises CorruptRow,
+    StoreError or TransformError.
     """
     check_key_sizes(keys.columns)
     found = _read_distinct(store, _encode(plan, keys))
@@ -40,12 +51,18 @@ def read(
         status,
         None,
         np.empty((rows, len(plan.views)), np.int64) if event_times else None,
+        {},
     )
     start = 0
     for i, view in enumerate(plan.views):
         stop = start + rows
         _fill(answer, i, view, found[start:stop], now_us, schema)
         start = stop
+    if plan.steps:
+        answer.slots.update((request_slot(name), col) for name, col in request_columns.items())
+        answer.slots[REQUEST_TIME] = Column(Timestamp, np.full(rows, now_us))
+        run(plan.steps, answer.slots, rows)
+        _place(answer, plan, rows)
     columns: Any = tuple(answer.columns)
     return FeatureMatrix(schema, answer.values, columns, status, answer.valid, answer.times)
 
@@ -83,6 +100,7 @@ class _Answer:
     status: Array
     valid: Mask | None
     times: Array | None
+    slots: Slots
 
 
 def _fill(
@@ -105,17 +123,40 @@ def _fill(
         valid[:, view.targets] = decoded.validity(len(codec.features))[:, view.sources]
     elif answer.times is not None:
         answer.times[:, i] = decoded.times()[0]
-    for run, source, target in view.tensor:
-        if run == "<f8" and schema.dtype is Float32:
+    for dtype, source, target in view.tensor:
+        if dtype == "<f8" and schema.dtype is Float32:
             with np.errstate(over="ignore"):  # what float32 cannot hold is served as infinity
-                answer.values[:, target] = decoded.fixed[run][:, source]
+                answer.values[:, target] = decoded.fixed[dtype][:, source]
         else:
-            answer.values[:, target] = decoded.fixed[run][:, source]
+            answer.values[:, target] = decoded.fixed[dtype][:, source]
     if valid is not None:
         for position, at in view.unmarked:
             answer.values[~valid[:, position], at] = np.nan
     for index, type_, place, position in view.columns:
         answer.columns[index] = decoded.column(type_, place, None if valid is None else valid[:, position])
+    if view.inputs:
+        stored = None if valid is None else decoded.validity(len(codec.features))
+        for slot, type_, place, number in view.inputs:
+            mask = None if stored is None or number is None else stored[:, number]
+            answer.slots[slot] = decoded.column(type_, place, mask)
+
+
+def _place(answer: _Answer, plan: ReadPlan, rows: int) -> None:
+    """Put the outputs of transforms in their places."""
+    for place in plan.outputs:
+        col = answer.slots[place.slot]
+        if col.valid is not None:
+            if answer.valid is None:
+                answer.valid = np.ones((rows, len(plan.schema.features)), np.bool_)
+            answer.valid[:, place.position] = col.valid
+        if place.tensor is None:
+            assert place.column is not None
+            answer.columns[place.column] = col
+            continue
+        with np.errstate(over="ignore"):  # what float32 cannot hold is served as infinity
+            answer.values[:, place.tensor : place.tensor + place.type.length] = col.values.reshape(rows, -1)
+        if col.valid is not None and not place.type.floating and not place.has_default:
+            answer.values[~col.valid, place.tensor] = np.nan
 
 
 def _ordinary(decoded: Rows, view: ViewRead, now_us: int) -> bool:
@@ -168,9 +209,17 @@ class Engine:
         self._sequence = 0
         self._lock = threading.Lock()
 
-    def read(self, plan: ReadPlan, keys: EntityKeys, now_us: int, *, event_times: bool = False) -> FeatureMatrix:
+    def read(
+        self,
+        plan: ReadPlan,
+        keys: EntityKeys,
+        now_us: int,
+        *,
+        request_columns: Mapping[str, Column] = NOTHING,
+        event_times: bool = False,
+    ) -> FeatureMatrix:
         """Return the features of ``plan`` for ``keys`` at ``now_us``; see ``read``."""
-        return read(self.store, plan, keys, now_us, event_times=event_times)
+        return read(self.store, plan, keys, now_us, request_columns=request_columns, event_times=event_times)
 
     def write(self, plan: WritePlan, arrival: Arrival, *, now_us: int, max_future_skew_us: int) -> Written:
         """Write rows that arrive now; see ``write``. Rows of no source come after all that have a source position."""

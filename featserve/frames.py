@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from featserve.batch import Arrival, Int64s, ragged
+from featserve.batch import Arrival, EntityKeys, Int64s, check_request_columns, ragged
 from featserve.errors import InvalidRequest, Violation, hint, invalid
+from featserve.schema import ServiceSchema
 from featserve.types import Column, Timestamp, Type, column
 
 Frame = Any
@@ -47,6 +48,19 @@ def _values(series: Any) -> Any:
 
 def _plain(dtype: str) -> bool:
     return dtype.lower().startswith(("int", "uint", "float", "double", "bool"))
+
+
+def request_of(keys: Frame, request: Frame | None, schema: ServiceSchema) -> tuple[EntityKeys, dict[str, Column]]:
+    """Return a request's checked keys and other columns, as ``schema`` says.
+
+    ``request``: the other columns; None for a service that needs none, or for a frame of keys that holds them.
+    """
+    checked = EntityKeys.of(mapping(keys, schema.keys), schema.keys)
+    if request is None:
+        request = keys if is_frame(keys) else {}
+    return checked, check_request_columns(
+        mapping(request, schema.request_columns), schema.request_columns, checked.count
+    )
 
 
 def columns_of(data: Frame, expected: Mapping[str, Type]) -> dict[str, Column]:

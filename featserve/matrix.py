@@ -62,7 +62,10 @@ class FeatureMatrix:
     @property
     def status(self) -> Bytes8:
         """The status of every value: uint8 ``Status`` of shape (n, features), features in schema order."""
-        result = self.view_status[:, [f.view for f in self.schema.features]]
+        computed = len(self.schema.views)  # a transform's outputs are present unless they are null
+        present = np.full((len(self), 1), Status.PRESENT, np.uint8)
+        views = [computed if f.view is None else f.view for f in self.schema.features]
+        result = np.hstack([self.view_status, present])[:, views]
         if self.valid is not None:
             result[(result == Status.PRESENT) & ~self.valid] = Status.NULL
         return result

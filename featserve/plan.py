@@ -6,12 +6,14 @@ Comes in: definitions. Goes out: frozen plans of bytes, offsets and NumPy slices
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from featserve.catalog import Snapshot
 from featserve.codec import RowCodec, key_prefix
-from featserve.definitions import FeatureService, FeatureView
+from featserve.definitions import FeatureService, FeatureView, Selection
 from featserve.schema import FeatureSchema, ServiceSchema, ViewSchema
+from featserve.transform import Step, compile_steps, slot_of
 from featserve.types import Float64, Int32, Type
 
 Place = slice | list[int]
@@ -25,6 +27,8 @@ class ViewRead:
     column its index, type, place in the row and position among the answer's features. ``sources`` and ``targets``: the
     view's features that are served, by their number in the view and in the answer. ``unmarked``:
     the features whose stored null is no NaN in the tensor, by their number in the answer and their tensor column.
+    ``inputs``: what transforms take: the slot, type and place of a feature, and its number in the view, None where its
+    default stands in for a null.
     """
 
     keys: tuple[str, ...]
@@ -36,6 +40,19 @@ class ViewRead:
     sources: Place
     targets: Place
     unmarked: tuple[tuple[int, int], ...]
+    inputs: tuple[tuple[str, Type, tuple[str, int], int | None], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OutputPlace:
+    """Where a transform's output goes: its position among the answer's features, and its tensor or typed column."""
+
+    position: int
+    slot: str
+    type: Type
+    tensor: int | None
+    column: int | None
+    has_default: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +61,8 @@ class ReadPlan:
 
     schema: ServiceSchema
     views: tuple[ViewRead, ...]
+    steps: tuple[Step, ...]
+    outputs: tuple[OutputPlace, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,23 +120,21 @@ def compile_schema(service: FeatureService) -> ServiceSchema:
     index = {view.id: i for i, view in enumerate(views)}
     features: list[FeatureSchema] = []
     width = typed = 0
-    for selection in service.selections:
-        for name in selection.names:
-            f = selection.view.feature(name)
-            fits = in_tensor(f.type, service.dtype)
-            default = "" if f.default is None else json.dumps(f.default)
-            features.append(
-                FeatureSchema(
-                    f"{selection.view.name}.{name}",
-                    f.type,
-                    index[selection.view.id],
-                    width if fits else None,
-                    None if fits else typed,
-                    f.description,
-                    default,
-                )
+    for name, f, source in service.fields:
+        fits = in_tensor(f.type, service.dtype)
+        features.append(
+            FeatureSchema(
+                name,
+                f.type,
+                index.get(source.id) if isinstance(source, FeatureView) else None,
+                width if fits else None,
+                None if fits else typed,
+                f.description,
+                "" if f.default is None else json.dumps(f.default),
+                "" if isinstance(source, FeatureView) else source.id,
             )
-            width, typed = (width + f.type.length, typed) if fits else (width, typed + 1)
+        )
+        width, typed = (width + f.type.length, typed) if fits else (width, typed + 1)
     return ServiceSchema(
         service.name,
         service.version,
@@ -131,16 +148,24 @@ def compile_schema(service: FeatureService) -> ServiceSchema:
         tuple(features),
         service.owner,
         service.description,
+        service.request_columns,
     )
 
 
 def compile_service(service: FeatureService) -> ReadPlan:
-    """Return the read plan of one service version."""
+    """Return the read plan of one service version. Raises DefinitionError where a transform's code does not run."""
     schema = compile_schema(service)
-    return ReadPlan(schema, tuple(_compile_read(view, i, schema) for i, view in enumerate(service.views)))
+    inputs = [given for t in service.transforms for given in t.inputs.values() if isinstance(given, Selection)]
+    outputs = tuple(
+        OutputPlace(position, f.name, f.type, f.tensor, f.column, bool(f.default_json))
+        for position, f in enumerate(schema.features)
+        if f.view is None
+    )
+    views = tuple(_compile_read(view, i, schema, inputs) for i, view in enumerate(service.views))
+    return ReadPlan(schema, views, compile_steps(service.transforms), outputs)
 
 
-def _compile_read(view: FeatureView, index: int, schema: ServiceSchema) -> ViewRead:
+def _compile_read(view: FeatureView, index: int, schema: ServiceSchema, inputs: Iterable[Selection]) -> ViewRead:
     codec = RowCodec(view)
     number = {f.name: i for i, f in enumerate(view.features)}
     runs: dict[str, tuple[list[int], list[int]]] = {}
@@ -163,6 +188,12 @@ def _compile_read(view: FeatureView, index: int, schema: ServiceSchema) -> ViewR
             if not f.type.floating and not f.default_json:
                 unmarked.append((position, f.tensor))
     tensor = tuple((run, _compact(taken), _compact(put)) for run, (taken, put) in runs.items())
+    taken_by_steps = {}
+    for given in inputs:
+        if given.view.id == view.id:
+            field = view.feature(given.names[0])
+            null = number[field.name] if field.default is None else None
+            taken_by_steps[slot_of(given)] = (field.type, codec.place[field.name], null)
     keys = tuple(view.entity.keys)
     return ViewRead(
         keys,
@@ -174,12 +205,13 @@ def _compile_read(view: FeatureView, index: int, schema: ServiceSchema) -> ViewR
         _compact(sources),
         _compact(targets),
         tuple(unmarked),
+        tuple((slot, *how) for slot, how in taken_by_steps.items()),
     )
 
 
 def _compact(positions: list[int]) -> Place:
     """Return the positions as a slice where they are consecutive: NumPy copies a slice several times faster."""
-    first = positions[0]
+    first = positions[0] if positions else 0
     if positions == list(range(first, first + len(positions))):
         return slice(first, first + len(positions))
     return positions

@@ -5,7 +5,7 @@ Plain values; knows no definition, wire or store.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -35,17 +35,18 @@ class ViewSchema:
 class FeatureSchema:
     """One feature of an answer.
 
-    ``view``: index into the schema's views. Either ``tensor``, its first column there, or ``column``, its index among
-    the typed columns, is set.
+    ``view``: index into the schema's views, None for the output of the transform that ``transform`` names. Either
+    ``tensor``, its first column there, or ``column``, its index among the typed columns, is set.
     """
 
     name: str
     type: Type
-    view: int
+    view: int | None
     tensor: int | None
     column: int | None
     description: str = ""
     default_json: str = ""
+    transform: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,7 @@ class ServiceSchema:
     features: tuple[FeatureSchema, ...]
     owner: str = ""
     description: str = ""
+    request_columns: dict[str, Type] = field(default_factory=dict)
 
     @property
     def reference(self) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from featserve._proto import serving_pb2 as pb
-from featserve.batch import Arrival, EntityKeys, key_names, ragged
+from featserve.batch import Arrival, EntityKeys, check_request_columns, column_names, ragged
 from featserve.definitions import FeatureView
 from featserve.errors import InvalidRequest, TooLarge, Violation, hint, invalid
 from featserve.matrix import FeatureMatrix
@@ -29,12 +29,21 @@ def decode_keys(columns: Iterable[pb.Column], expected: Mapping[str, Type], max_
     """Return the checked key columns of a request; raises InvalidRequest or TooLarge that names the column."""
     given: dict[str, Column] = {}
     for message in columns:
-        if message.name in given:
-            raise invalid(f"keys.{message.name}", "the column stands twice")
-        if message.name not in expected:
-            raise key_names([c.name for c in columns], expected)
+        if message.name not in expected or message.name in given:
+            raise column_names("keys", [c.name for c in columns], expected)
         given[message.name] = decode_column(message, expected[message.name], f"keys.{message.name}", max_rows)
     return EntityKeys.of(given, expected)
+
+
+def decode_request_columns(columns: Iterable[pb.Column], expected: Mapping[str, Type], rows: int) -> dict[str, Column]:
+    """Return the checked request columns for ``rows`` rows; raises InvalidRequest that names the column."""
+    given: dict[str, Column] = {}
+    for message in columns:
+        type_ = expected.get(message.name)
+        if type_ is None or message.name in given:
+            raise column_names("request_columns", [c.name for c in columns], expected)
+        given[message.name] = decode_column(message, type_, f"request_columns.{message.name}", rows)
+    return check_request_columns(given, expected, rows)
 
 
 def decode_column(message: pb.Column, expected: Type, where: str, max_rows: int) -> Column:
@@ -169,6 +178,8 @@ def encode_schema(schema: ServiceSchema) -> pb.ServiceSchema:
     )  # fmt: skip
     for name, type_ in schema.keys.items():
         message.keys.add(name=name, type=type_.code)
+    for name, type_ in schema.request_columns.items():
+        message.request_columns.add(name=name, type=type_.code, length=type_.length if type_.vector else 0)
     for view in schema.views:
         message.views.add(
             name=view.name, version=view.version, hash=view.hash, keys=view.keys, ttl_us=view.ttl_us,
@@ -178,6 +189,7 @@ def encode_schema(schema: ServiceSchema) -> pb.ServiceSchema:
         message.features.add(
             name=f.name, type=f.type.code, length=f.type.length if f.type.vector else 0, view=f.view,
             tensor=f.tensor, column=f.column, description=f.description, default_json=f.default_json,
+            transform=f.transform,
         )  # fmt: skip
     return message
 
@@ -200,14 +212,15 @@ def decode_schema(message: pb.ServiceSchema) -> ServiceSchema:
         ),
         tuple(
             FeatureSchema(
-                f.name, _type(f.type, f.length), f.view,
+                f.name, _type(f.type, f.length), f.view if f.HasField("view") else None,
                 f.tensor if f.HasField("tensor") else None, f.column if f.HasField("column") else None,
-                f.description, f.default_json,
+                f.description, f.default_json, f.transform,
             )
             for f in message.features
         ),
         message.owner,
         message.description,
+        {given.name: _type(given.type, given.length) for given in message.request_columns},
     )  # fmt: skip
 
 

@@ -144,6 +144,7 @@ class GetFeaturesRequest(_message.Message):
     AS_OF_US_FIELD_NUMBER: _builtins.int
     INCLUDE_EVENT_TIMES_FIELD_NUMBER: _builtins.int
     INCLUDE_SCHEMA_FIELD_NUMBER: _builtins.int
+    REQUEST_COLUMNS_FIELD_NUMBER: _builtins.int
     service: _builtins.str
     """"fraud" (the version that is promoted), "fraud@2" (that version) or "fraud#<hash>" (exactly that schema)."""
     as_of_us: _builtins.int
@@ -157,6 +158,10 @@ class GetFeaturesRequest(_message.Message):
     def keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___Column]:
         """The service's key columns, in any order, of the same length: one value for each row of the answer."""
 
+    @_builtins.property
+    def request_columns(self) -> _containers.RepeatedCompositeFieldContainer[Global___Column]:
+        """The service's request columns, in any order, as long as the keys: what its transforms need and no view holds."""
+
     def __init__(
         self,
         *,
@@ -165,10 +170,11 @@ class GetFeaturesRequest(_message.Message):
         as_of_us: _builtins.int | None = ...,
         include_event_times: _builtins.bool = ...,
         include_schema: _builtins.bool = ...,
+        request_columns: _abc.Iterable[Global___Column] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_as_of_us", b"_as_of_us", "as_of_us", b"as_of_us"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_as_of_us", b"_as_of_us", "as_of_us", b"as_of_us", "include_event_times", b"include_event_times", "include_schema", b"include_schema", "keys", b"keys", "service", b"service"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_as_of_us", b"_as_of_us", "as_of_us", b"as_of_us", "include_event_times", b"include_event_times", "include_schema", b"include_schema", "keys", b"keys", "request_columns", b"request_columns", "service", b"service"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__as_of_us: _TypeAlias = _typing.Literal["as_of_us"]  # noqa: Y015
     _WhichOneofArgType__as_of_us: _TypeAlias = _typing.Literal["_as_of_us", b"_as_of_us"]  # noqa: Y015
@@ -410,6 +416,7 @@ class ServiceSchema(_message.Message):
     FEATURES_FIELD_NUMBER: _builtins.int
     OWNER_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
+    REQUEST_COLUMNS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     version: _builtins.int
     hash: _builtins.str
@@ -430,6 +437,10 @@ class ServiceSchema(_message.Message):
     def features(self) -> _containers.RepeatedCompositeFieldContainer[Global___FeatureSchema]:
         """In the order of the validity bits."""
 
+    @_builtins.property
+    def request_columns(self) -> _containers.RepeatedCompositeFieldContainer[Global___ColumnSchema]:
+        """The columns that a request carries beside its keys."""
+
     def __init__(
         self,
         *,
@@ -443,10 +454,11 @@ class ServiceSchema(_message.Message):
         features: _abc.Iterable[Global___FeatureSchema] | None = ...,
         owner: _builtins.str = ...,
         description: _builtins.str = ...,
+        request_columns: _abc.Iterable[Global___ColumnSchema] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "dtype", b"dtype", "features", b"features", "hash", b"hash", "keys", b"keys", "name", b"name", "owner", b"owner", "version", b"version", "views", b"views", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "dtype", b"dtype", "features", b"features", "hash", b"hash", "keys", b"keys", "name", b"name", "owner", b"owner", "request_columns", b"request_columns", "version", b"version", "views", b"views", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -473,6 +485,34 @@ class KeySchema(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___KeySchema: _TypeAlias = KeySchema  # noqa: Y015
+
+@_typing.final
+class ColumnSchema(_message.Message):
+    """A column that a request carries."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    TYPE_FIELD_NUMBER: _builtins.int
+    LENGTH_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    type: Global___DataType.ValueType
+    length: _builtins.int
+    """VECTOR only."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        type: Global___DataType.ValueType = ...,
+        length: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["length", b"length", "name", b"name", "type", b"type"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ColumnSchema: _TypeAlias = ColumnSchema  # noqa: Y015
 
 @_typing.final
 class ViewSchema(_message.Message):
@@ -527,36 +567,45 @@ class FeatureSchema(_message.Message):
     COLUMN_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
     DEFAULT_JSON_FIELD_NUMBER: _builtins.int
+    TRANSFORM_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"view.feature"."""
     type: Global___DataType.ValueType
     length: _builtins.int
     """VECTOR only."""
     view: _builtins.int
-    """Index into views."""
+    """Index into views; unset for the output of a transform."""
     tensor: _builtins.int
     column: _builtins.int
     description: _builtins.str
     default_json: _builtins.str
     """JSON of the declared default; empty where there is none."""
+    transform: _builtins.str
+    """The on-demand transform that computes it, "name@version"; empty for a view's feature."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         type: Global___DataType.ValueType = ...,
         length: _builtins.int = ...,
-        view: _builtins.int = ...,
+        view: _builtins.int | None = ...,
         tensor: _builtins.int = ...,
         column: _builtins.int = ...,
         description: _builtins.str = ...,
         default_json: _builtins.str = ...,
+        transform: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["column", b"column", "place", b"place", "tensor", b"tensor"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_view", b"_view", "column", b"column", "place", b"place", "tensor", b"tensor", "view", b"view"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["column", b"column", "default_json", b"default_json", "description", b"description", "length", b"length", "name", b"name", "place", b"place", "tensor", b"tensor", "type", b"type", "view", b"view"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_view", b"_view", "column", b"column", "default_json", b"default_json", "description", b"description", "length", b"length", "name", b"name", "place", b"place", "tensor", b"tensor", "transform", b"transform", "type", b"type", "view", b"view"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__view: _TypeAlias = _typing.Literal["view"]  # noqa: Y015
+    _WhichOneofArgType__view: _TypeAlias = _typing.Literal["_view", b"_view"]  # noqa: Y015
     _WhichOneofReturnType_place: _TypeAlias = _typing.Literal["tensor", "column"]  # noqa: Y015
     _WhichOneofArgType_place: _TypeAlias = _typing.Literal["place", b"place"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__view) -> _WhichOneofReturnType__view | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_place) -> _WhichOneofReturnType_place | None: ...
 
 Global___FeatureSchema: _TypeAlias = FeatureSchema  # noqa: Y015

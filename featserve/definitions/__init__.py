@@ -8,6 +8,13 @@ construction, with a message that says what and where. Knows no file, no registr
 from featserve.definitions.rules import Json, content_hash, micros
 from featserve.definitions.service import FeatureService
 from featserve.definitions.source import CsvSource, ParquetSource, Source
+from featserve.definitions.transform import (
+    OnDemandTransform,
+    Outputs,
+    RequestColumn,
+    RequestTime,
+    on_demand_transform,
+)
 from featserve.definitions.view import Entity, FeatureView, Field, Selection
 
 __all__ = [
@@ -17,9 +24,14 @@ __all__ = [
     "FeatureView",
     "Field",
     "Json",
+    "OnDemandTransform",
+    "Outputs",
     "ParquetSource",
+    "RequestColumn",
+    "RequestTime",
     "Selection",
     "Source",
     "content_hash",
     "micros",
+    "on_demand_transform",
 ]

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 
 from featserve.definitions.rules import Json, check_name, check_tags, check_version, content_hash, unique
-from featserve.definitions.view import FeatureView, Selection
+from featserve.definitions.transform import OnDemandTransform, Outputs, RequestColumn
+from featserve.definitions.view import FeatureView, Field, Selection
 from featserve.errors import DefinitionError
 from featserve.types import Float32, Float64, Type, parse_type
 
 
 @dataclass(frozen=True, slots=True)
 class FeatureService:
-    """What one model asks for: features of view versions, in order, as one vector.
+    """What one model asks for: features of view versions and outputs of transforms, in order, as one vector.
 
-    ``features``: views (all of their features) or selections (``view["a", "b"]``). ``dtype``: Float32 or Float64, the
-    precision of the served tensor. Features that it holds are floats (rounded to it), bools, vectors and, for Float64,
-    int32; strings, bytes, timestamps and integers that would lose bits are served as typed columns beside it. Feature
-    names in answers and training frames are ``view.feature``.
+    ``features``: views and transforms (all of their features), or some of them (``view["a", "b"]``). ``dtype``: Float32
+    or Float64, the precision of the served tensor. Features that it holds are floats (rounded to it), bools, vectors
+    and, for Float64, int32; strings, bytes, timestamps and integers that would lose bits are served as typed columns
+    beside it. Feature names in answers and training frames are ``view.feature`` and ``transform.output``.
     """
 
     name: str
-    features: Sequence[FeatureView | Selection]
+    features: Sequence[FeatureView | Selection | OnDemandTransform | Outputs]
     _: KW_ONLY
     dtype: Type = Float32
     version: int = 1
@@ -36,46 +37,89 @@ class FeatureService:
         check_version(what, self.version)
         if self.dtype not in (Float32, Float64):
             raise DefinitionError(f"{what}: dtype {self.dtype!r} is neither Float32 nor Float64")
-        chosen: list[Selection] = []
-        for item in self.features:
-            if isinstance(item, FeatureView):
-                chosen.append(Selection(item, tuple(f.name for f in item.features)))
-            elif isinstance(item, Selection):
-                chosen.append(item)
-            else:
-                raise DefinitionError(f"{what}: {item!r} is neither a feature view nor features chosen from one")
+        chosen = tuple(_chosen(what, item) for item in self.features)
         if not chosen:
-            raise DefinitionError(f"{what}: features is a list of at least one view or selection")
-        unique(what, "feature", [f"{s.view.name}.{n}" for s in chosen for n in s.names])
-        keys: dict[str, tuple[Type, str]] = {}
-        versions: dict[str, FeatureView] = {}
-        for s in chosen:
-            if versions.setdefault(s.view.name, s.view) != s.view:
-                raise DefinitionError(
-                    f"{what}: two definitions of view {s.view.name!r}: {versions[s.view.name].id} and {s.view.id}"
-                )
-            for key, type_ in s.view.entity.keys.items():
-                first, where = keys.setdefault(key, (type_, s.view.id))
-                if first != type_:
-                    raise DefinitionError(
-                        f"{what}: key column {key!r} is {first} in {where} and {type_} in {s.view.id}"
-                    )
-        object.__setattr__(self, "features", tuple(chosen))
+            raise DefinitionError(f"{what}: features is a list of at least one view, transform or selection of one")
+        object.__setattr__(self, "features", chosen)
         object.__setattr__(self, "tags", check_tags(what, self.tags))
+        unique(what, "feature", [name for name, _, _ in self.fields])
+        named: dict[str, FeatureView | OnDemandTransform] = {}
+        sources: tuple[FeatureView | OnDemandTransform, ...] = (*self.views, *self.transforms)
+        for source in sources:
+            if named.setdefault(source.name, source) != source:
+                raise DefinitionError(
+                    f"{what}: two definitions of {source.name!r}: {named[source.name].id} and {source.id}"
+                )
+        columns: dict[str, tuple[Type, str]] = {}
+        for view in self.views:
+            for key, type_ in view.entity.keys.items():
+                _one_type(what, "key column", columns, key, type_, view.id)
+        keys = set(columns)
+        for transform in self.transforms:
+            for given in transform.inputs.values():
+                if isinstance(given, RequestColumn):
+                    if given.name in keys:
+                        raise DefinitionError(
+                            f"{what}: request column {given.name!r} of {transform.id} is also a key column"
+                        )
+                    _one_type(what, "request column", columns, given.name, given.type, transform.id)
 
     @property
-    def selections(self) -> tuple[Selection, ...]:
-        return tuple(s for s in self.features if isinstance(s, Selection))
+    def fields(self) -> tuple[tuple[str, Field, FeatureView | OnDemandTransform], ...]:
+        """Every feature in order: its full name, its field, and the view or transform that it is of."""
+        found: list[tuple[str, Field, FeatureView | OnDemandTransform]] = []
+        for item in self.features:
+            if isinstance(item, Selection):
+                found += [(f"{item.view.name}.{name}", item.view.feature(name), item.view) for name in item.names]
+            elif isinstance(item, Outputs):
+                transform = item.transform
+                found += [(f"{transform.name}.{name}", transform.output(name), transform) for name in item.names]
+        return tuple(found)
+
+    @property
+    def transforms(self) -> tuple[OnDemandTransform, ...]:
+        """The distinct transforms that it needs, each after those whose outputs it takes."""
+        found: dict[str, OnDemandTransform] = {}
+
+        def need(transform: OnDemandTransform) -> None:
+            for source in transform.sources:
+                if isinstance(source, OnDemandTransform):
+                    need(source)
+            found.setdefault(transform.id, transform)
+
+        for item in self.features:
+            if isinstance(item, Outputs):
+                need(item.transform)
+        return tuple(found.values())
 
     @property
     def views(self) -> tuple[FeatureView, ...]:
-        """The distinct views, in order of first use."""
-        return tuple({s.view.id: s.view for s in self.selections}.values())
+        """The distinct views that it reads, its own in order of first use, then those that only transforms need."""
+        own = [item.view for item in self.features if isinstance(item, Selection)]
+        needed = [s for t in self.transforms for s in t.sources if isinstance(s, FeatureView)]
+        return tuple({view.id: view for view in (*own, *needed)}.values())
+
+    def reads(self, view: FeatureView) -> tuple[str, ...]:
+        """Return the features of ``view`` that it reads, for itself or for a transform, in the view's order."""
+        inputs: Iterable[object] = (given for t in self.transforms for given in t.inputs.values())
+        names = {
+            name
+            for item in (*self.features, *inputs)
+            if isinstance(item, Selection) and item.view.id == view.id
+            for name in item.names
+        }
+        return tuple(f.name for f in view.features if f.name in names)
 
     @property
     def keys(self) -> dict[str, Type]:
         """Every key column that a request carries, in order of first use."""
         return {key: type_ for view in self.views for key, type_ in view.entity.keys.items()}
+
+    @property
+    def request_columns(self) -> dict[str, Type]:
+        """Every other column that a request carries, for its transforms, in order of first use."""
+        given = (i for transform in self.transforms for i in transform.inputs.values())
+        return {i.name: i.type for i in given if isinstance(i, RequestColumn)}
 
     @property
     def id(self) -> str:
@@ -89,10 +133,7 @@ class FeatureService:
             "name": self.name,
             "version": self.version,
             "dtype": str(self.dtype),
-            "features": [
-                {"view": s.view.name, "version": s.view.version, "hash": s.view.hash, "names": list(s.names)}
-                for s in self.selections
-            ],
+            "features": [_to_dict(item) for item in self.features],
         }
 
     @property
@@ -100,14 +141,50 @@ class FeatureService:
         return content_hash(self.meaning())
 
     @classmethod
-    def from_dict(cls, d: Json, views: Mapping[str, FeatureView]) -> FeatureService:
-        """Rebuild from ``to_dict``, with ``views`` by ``name@version``."""
+    def from_dict(
+        cls, d: Json, views: Mapping[str, FeatureView], transforms: Mapping[str, OnDemandTransform]
+    ) -> FeatureService:
+        """Rebuild from ``to_dict``, with views and transforms by ``name@version``."""
+        features: list[Selection | Outputs] = []
+        for item in d["features"]:
+            names = tuple(item["names"])
+            if "view" in item:
+                features.append(Selection(views[f"{item['view']}@{item['version']}"], names))
+            else:
+                features.append(Outputs(transforms[f"{item['transform']}@{item['version']}"], names))
         return cls(
             d["name"],
-            [Selection(views[f"{s['view']}@{s['version']}"], tuple(s["names"])) for s in d["features"]],
+            features,
             dtype=parse_type(d["dtype"]),
             version=d["version"],
             owner=d["owner"],
             description=d["description"],
             tags=d["tags"],
         )
+
+
+def _chosen(what: str, item: object) -> Selection | Outputs:
+    if isinstance(item, FeatureView):
+        return Selection(item, tuple(f.name for f in item.features))
+    if isinstance(item, OnDemandTransform):
+        return Outputs(item, tuple(f.name for f in item.outputs))
+    if isinstance(item, Selection | Outputs):
+        return item
+    raise DefinitionError(f"{what}: {item!r} is neither a feature view nor a transform, nor features chosen from one")
+
+
+def _one_type(what: str, role: str, columns: dict[str, tuple[Type, str]], name: str, type_: Type, where: str) -> None:
+    """Refuse a column of the request that two definitions give different types."""
+    first, place = columns.setdefault(name, (type_, where))
+    if first != type_:
+        raise DefinitionError(f"{what}: {role} {name!r} is {first} in {place} and {type_} in {where}")
+
+
+def _to_dict(item: object) -> Json:
+    if isinstance(item, Selection):
+        source: FeatureView | OnDemandTransform = item.view
+        kind = "view"
+    else:
+        assert isinstance(item, Outputs)
+        source, kind = item.transform, "transform"
+    return {kind: source.name, "version": source.version, "hash": source.hash, "names": list(item.names)}

@@ -11,10 +11,18 @@ from dataclasses import dataclass
 
 from featserve._proto import serving_pb2 as pb
 from featserve.batch import Written
-from featserve.engine import Engine
+from featserve.engine import NOTHING, Engine
 from featserve.errors import DeadlineExceeded, FeatserveError, invalid
 from featserve.server.status import encode_error
-from featserve.wire import decode_keys, decode_rows, encode_matrix, encode_schema, encode_view, parse
+from featserve.wire import (
+    decode_keys,
+    decode_request_columns,
+    decode_rows,
+    encode_matrix,
+    encode_schema,
+    encode_view,
+    parse,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +74,10 @@ class Service:
                 raise invalid("as_of_us", f"{request.as_of_us} is after the server's clock, {now_us}")
             now_us = request.as_of_us
         keys = decode_keys(request.keys, plan.schema.keys, self._limits.max_rows)
-        matrix = self.engine.read(plan, keys, now_us, event_times=request.include_event_times)
+        columns = NOTHING
+        if request.request_columns or plan.schema.request_columns:
+            columns = decode_request_columns(request.request_columns, plan.schema.request_columns, keys.count)
+        matrix = self.engine.read(plan, keys, now_us, request_columns=columns, event_times=request.include_event_times)
         return encode_matrix(matrix, include_schema=request.include_schema)
 
     def describe_service(self, data: bytes, call: Call) -> bytes:
@@ -90,7 +101,7 @@ class Service:
                 promoted=snapshot.service(service.name).version == service.version,
                 owner=service.owner,
                 description=service.description,
-                features=sum(len(s.names) for s in service.selections),
+                features=len(service.fields),
                 keys=list(service.keys),
             )
         return answer.SerializeToString()
