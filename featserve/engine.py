@@ -21,7 +21,7 @@ from featserve.plan import Plans, ReadPlan, ViewRead, WritePlan
 from featserve.schema import ServiceSchema
 from featserve.store import OnlineStore
 from featserve.transform import REQUEST_TIME, Slots, request_slot, run
-from featserve.types import NEVER_US, Array, Column, Float32, Mask, Timestamp
+from featserve.types import NEVER_US, Array, Column, Mask, Timestamp
 
 NOTHING: Mapping[str, Column] = {}
 
@@ -124,8 +124,9 @@ def _fill(
     elif answer.times is not None:
         answer.times[:, i] = decoded.times()[0]
     for dtype, source, target in view.tensor:
-        if dtype == "<f8" and schema.dtype is Float32:
-            with np.errstate(over="ignore"):  # what float32 cannot hold is served as infinity
+        if dtype[1] == "f" and dtype != schema.numpy_dtype.str:
+            # What float32 cannot hold is served as infinity; a NaN may be a signalling one.
+            with np.errstate(over="ignore", invalid="ignore"):
                 answer.values[:, target] = decoded.fixed[dtype][:, source]
         else:
             answer.values[:, target] = decoded.fixed[dtype][:, source]
@@ -153,7 +154,7 @@ def _place(answer: _Answer, plan: ReadPlan, rows: int) -> None:
             assert place.column is not None
             answer.columns[place.column] = col
             continue
-        with np.errstate(over="ignore"):  # what float32 cannot hold is served as infinity
+        with np.errstate(over="ignore", invalid="ignore"):  # as in _fill
             answer.values[:, place.tensor : place.tensor + place.type.length] = col.values.reshape(rows, -1)
         if col.valid is not None and not place.type.floating and not place.has_default:
             answer.values[~col.valid, place.tensor] = np.nan
