@@ -89,7 +89,7 @@ class FeatureMatrix:
         values = self.values[:, f.tensor : f.tensor + f.type.length] if f.type.vector else self.values[:, f.tensor]
         if f.type.floating and not f.type.vector:
             return Column(self.schema.dtype, np.ascontiguousarray(values), None, valid)
-        if valid is not None:  # NaN stands for a null and has no integer
+        if valid is not None and not f.type.vector:  # NaN stands for a null and has no integer
             values = np.where(np.isnan(values), 0, values)
         return Column(f.type, np.ascontiguousarray(values.astype(f.type.dtype)), None, valid)
 
@@ -107,8 +107,19 @@ class FeatureMatrix:
         return pyarrow.table([column_to_arrow(self._served(i, f)) for i, f in enumerate(self.schema.features)], names)
 
     def to_pandas(self) -> pandas.DataFrame:
-        """Return a pandas DataFrame with a column for each feature."""
-        frame: pandas.DataFrame = self.to_arrow().to_pandas()
+        """Return a pandas DataFrame with a column for each feature.
+
+        Integers and bools are of pandas' nullable dtypes, so that a null next to them costs no bits.
+        """
+        import pandas
+        import pyarrow
+
+        nullable = {
+            pyarrow.bool_(): pandas.BooleanDtype(),
+            pyarrow.int32(): pandas.Int32Dtype(),
+            pyarrow.int64(): pandas.Int64Dtype(),
+        }
+        frame: pandas.DataFrame = self.to_arrow().to_pandas(types_mapper=nullable.get)
         return frame
 
     def _served(self, i: int, f: FeatureSchema) -> Column:
