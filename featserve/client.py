@@ -173,7 +173,10 @@ class Client:
         return self.write_messages(messages, timeout)
 
     def write_messages(self, messages: Iterable[pb.WriteRowsRequest], timeout: float | None = None) -> Written:
-        """Write batches that are already encoded (``wire.encode_rows``) on one stream."""
+        """Write batches that are already encoded (``wire.encode_rows``) on one stream.
+
+        What their iterator raises ends the stream and is raised here; the messages before it stay written.
+        """
         method = self._channel.stream_unary(
             f"{FULL_METHOD}StreamRows", pb.StreamRowsRequest.SerializeToString, pb.StreamRowsResponse.FromString
         )
@@ -181,9 +184,9 @@ class Client:
         try:
             answer = method(_watched(messages, failed), timeout=timeout)
         except grpc.RpcError as error:
-            if failed:  # gRPC reports an error of the iterator as a cancelled call
-                raise failed[0] from None
             raise translated(error, self._target) from None
+        if failed:
+            raise failed[0]
         return Written(answer.rows, answer.stored)
 
     def _rows(self, view: str, rows: Frame, event_time: Any, known_at: Any | None) -> pb.WriteRowsRequest:
@@ -222,13 +225,12 @@ class Client:
 
 
 def _watched(messages: Iterable[pb.WriteRowsRequest], failed: list[Exception]) -> Iterator[pb.StreamRowsRequest]:
-    """Yield the messages as the stream carries them; keep what their iterator raises."""
+    """Yield the messages as the stream carries them; keep what their iterator raises: gRPC would only log it."""
     try:
         for message in messages:
             yield pb.StreamRowsRequest(request=message)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the top of a background loop
         failed.append(error)
-        raise
 
 
 # For an error without details, as one made by gRPC itself is.
