@@ -1,0 +1,1 @@
+"""Projects to read and to run."""
