@@ -295,7 +295,7 @@ class Registry:
         self, connection: sa.Connection, kind: Kind, change: Change, definition: Definition, who: str, now_us: int
     ) -> None:
         key = {"kind": kind.name, "name": definition.name, "version": kind.version(definition)}
-        body = json.dumps(definition.to_dict(), sort_keys=True)
+        body = json.dumps(definition.to_dict())
         if change.action == "create":
             written: Any = definitions_table.insert().values(key)
         else:
