@@ -19,7 +19,7 @@ Access = Literal["write", "read"]
 class Load(Protocol):
     """A bulk load under way: nothing of it is visible before ``OnlineStore.load`` ends without an error.
 
-    ``stored``: the rows kept so far, each the newest of its key when it was added.
+    ``stored``: once it has ended, the number of keys whose row is now one that it added.
     """
 
     stored: int

@@ -34,6 +34,7 @@ class MemoryStore:
 
     @contextmanager
     def load(self) -> Iterator[Load]:
+        self._open()
         pending = _Pending()
         yield pending
         pending.stored = self.write_many(pending.keys, pending.rows)

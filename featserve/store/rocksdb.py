@@ -12,8 +12,8 @@ import fcntl
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -90,21 +90,23 @@ class RocksStore:
             yield load
             with self._lock:
                 load.commit()
+                for other in self._loads - {load}:
+                    other.overtaken = True
         finally:
             with self._lock:
                 self._loads.discard(load)
             load.discard()
 
     def count(self, prefix: bytes) -> int:
-        total = 0
-        for key in self._opened().keys(from_key=prefix):
-            if not key.startswith(prefix):
-                break
-            total += 1
-        return total
+        with translated(f"cannot read the store at {self.path}"):
+            return sum(1 for _ in _keys(self._opened(), prefix, lambda key: key.startswith(prefix)))
 
     def size_bytes(self) -> int:
-        return sum(f.stat().st_size for f in self.path.iterdir() if f.is_file())
+        total = 0
+        for file in self.path.iterdir():
+            with suppress(FileNotFoundError):  # RocksDB removes files that it has merged into others
+                total += file.stat().st_size
+        return total
 
     def close(self) -> None:
         db, self._db = self._db, None
@@ -119,7 +121,8 @@ class RocksStore:
 
     def _overlaps(self, first: bytes, last: bytes) -> bool:
         """Say whether any key lies between ``first`` and ``last``."""
-        return any(key <= last for key in _first(self._opened(), first))
+        with translated(f"cannot read the store at {self.path}"):
+            return any(True for _ in _keys(self._opened(), first, lambda key: key <= last))
 
     def _ingest(self, files: list[Path]) -> None:
         with translated(f"cannot load into the store at {self.path}"):
@@ -131,9 +134,12 @@ class _Load:
 
     def __init__(self, store: RocksStore) -> None:
         self.touched: set[bytes] = set()
+        self.overtaken = False
         self._store = store
+        store._opened()
         self._folder = store.path.parent / f".{store.path.name}.load-{uuid4().hex[:12]}"
-        self._folder.mkdir()
+        with translated(f"cannot stage a load in {self._folder}"):
+            self._folder.mkdir()
         self._files: list[Path] = []
         self._staging: rocksdict.Rdict | None = None
         self._staged = 0
@@ -146,11 +152,11 @@ class _Load:
         names = sorted(best)
         if self._store._overlaps(names[0], names[-1]):
             names = _winners(names, best, self._store.read_many(names))
-        if self._files:
-            names = _winners(names, best, self._staged_rows(names))
+        staged: Sequence[bytes | None] = self._staged_rows(names) if self._files else [None] * len(names)
+        self.stored += staged.count(None)
+        names = _winners(names, best, staged)
         if names:
             self._files.append(self._write(names, best))
-            self.stored += len(names)
 
     def _write(self, names: list[bytes], best: dict[bytes, bytes]) -> Path:
         path = self._folder / f"{len(self._files):06d}.sst"
@@ -175,18 +181,25 @@ class _Load:
             found: list[bytes | None] = self._staging.get(names)
         return found
 
+    def _staged_names(self) -> list[bytes]:
+        """Return every key that is staged."""
+        self._staged_rows([])
+        with translated(f"cannot stage a load in {self._folder}"):
+            return list(_keys(self._staging, b"", lambda key: True))
+
     def commit(self) -> None:
         """Ingest all in one step. Rows written meanwhile that are newer go on top, so no reader sees them vanish."""
-        if self.touched and self._files:
-            names = sorted(self.touched)
-            live = dict(zip(names, self._store.read_many(names), strict=True))
+        if self._files and (self.touched or self.overtaken):
+            names = self._staged_names() if self.overtaken else sorted(self.touched)
+            live = self._store.read_many(names)
             on_top = {
                 name: row
-                for name, staged in zip(names, self._staged_rows(names), strict=True)
-                if staged is not None and (row := live[name]) is not None and row[STAMP] >= staged[STAMP]
+                for name, row, staged in zip(names, live, self._staged_rows(names), strict=True)
+                if staged is not None and row is not None and row[STAMP] > staged[STAMP]
             }
             if on_top:
                 self._files.append(self._write(sorted(on_top), on_top))
+                self.stored -= len(on_top)
         if self._files:
             self._store._ingest(self._files)
 
@@ -214,11 +227,14 @@ def _winners(names: list[bytes], best: dict[bytes, bytes], old: Sequence[bytes |
     return [n for n, row in zip(names, old, strict=True) if row is None or row[STAMP] <= best[n][STAMP]]
 
 
-def _first(db: rocksdict.Rdict, key: bytes) -> list[bytes]:
-    """Return the first key at or after ``key``, in a list of one or none."""
+def _keys(db: rocksdict.Rdict, first: bytes, wanted: Callable[[bytes], bool]) -> Iterator[bytes]:
+    """Yield the keys from ``first`` on while they are ``wanted``."""
     cursor = db.iter()
-    cursor.seek(key)
-    return [cursor.key()] if cursor.valid() else []
+    cursor.seek(first)
+    while cursor.valid() and wanted(key := cursor.key()):
+        yield key
+        cursor.next()
+    cursor.status()  # raises what ended it early: a damaged file looks like the end
 
 
 def _options(block_cache_mb: int, row_cache_mb: int) -> rocksdict.Options:
