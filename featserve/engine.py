@@ -138,7 +138,7 @@ def _fill(
     if view.inputs:
         stored = None if valid is None else decoded.validity(len(codec.features))
         for slot, type_, place, number in view.inputs:
-            mask = None if stored is None or number is None else stored[:, number]
+            mask = None if stored is None else stored[:, number]
             answer.slots[slot] = decoded.column(type_, place, mask)
 
 

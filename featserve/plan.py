@@ -27,8 +27,7 @@ class ViewRead:
     column its index, type, place in the row and position among the answer's features. ``sources`` and ``targets``: the
     view's features that are served, by their number in the view and in the answer. ``unmarked``:
     the features whose stored null is no NaN in the tensor, by their number in the answer and their tensor column.
-    ``inputs``: what transforms take: the slot, type and place of a feature, and its number in the view, None where its
-    default stands in for a null.
+    ``inputs``: what transforms take: the slot, type and place of a feature, and its number in the view.
     """
 
     keys: tuple[str, ...]
@@ -40,7 +39,7 @@ class ViewRead:
     sources: Place
     targets: Place
     unmarked: tuple[tuple[int, int], ...]
-    inputs: tuple[tuple[str, Type, tuple[str, int], int | None], ...]
+    inputs: tuple[tuple[str, Type, tuple[str, int], int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,8 +191,7 @@ def _compile_read(view: FeatureView, index: int, schema: ServiceSchema, inputs: 
     for given in inputs:
         if given.view.id == view.id:
             field = view.feature(given.names[0])
-            null = number[field.name] if field.default is None else None
-            taken_by_steps[slot_of(given)] = (field.type, codec.place[field.name], null)
+            taken_by_steps[slot_of(given)] = (field.type, codec.place[field.name], number[field.name])
     keys = tuple(view.entity.keys)
     return ViewRead(
         keys,

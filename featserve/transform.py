@@ -32,11 +32,14 @@ def request_slot(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One transform, compiled: where each parameter comes from and where each output goes."""
+    """One transform, compiled.
+
+    ``inputs``: for each parameter its slot, and whether a null there is one: a default stands in for it.
+    """
 
     id: str
     function: Any
-    inputs: tuple[tuple[str, str], ...]
+    inputs: tuple[tuple[str, str, bool], ...]
     outputs: tuple[tuple[str, Field], ...]
     strict: bool
 
@@ -47,7 +50,7 @@ def compile_steps(transforms: Sequence[OnDemandTransform]) -> tuple[Step, ...]:
         Step(
             t.id,
             t.code.function,
-            tuple((name, slot_of(given)) for name, given in t.inputs.items()),
+            tuple((name, slot_of(given), field_of(given).default is None) for name, given in t.inputs.items()),
             tuple((f"{t.name}.{f.name}", f) for f in t.outputs),
             t.nulls == "strict",
         )
@@ -68,6 +71,19 @@ def slot_of(given: object) -> str:
             return REQUEST_TIME
 
 
+def field_of(given: object) -> Field:
+    """Return the field that an input is read from; of the request's own columns, one without a default."""
+    match given:
+        case Selection(view, (name,)):
+            return view.feature(name)
+        case Outputs(transform, (name,)):
+            return transform.output(name)
+        case RequestColumn(name, type_):
+            return Field(name, type_)
+        case _:
+            return Field(REQUEST_TIME, Timestamp)
+
+
 def run(steps: Sequence[Step], slots: Slots, rows: int) -> None:
     """Run the steps in order on ``rows`` rows, adding their outputs to ``slots``.
 
@@ -75,10 +91,10 @@ def run(steps: Sequence[Step], slots: Slots, rows: int) -> None:
     """
     with np.errstate(all="ignore"):  # a division by zero is the function's own affair: it gives inf or NaN
         for step in steps:
-            given = {name: slots[slot] for name, slot in step.inputs}
+            given = {name: slots[slot] if null else without_nulls(slots[slot]) for name, slot, null in step.inputs}
             answers = _strict(step, given, rows) if step.strict else _call(step, given, rows)
             for (slot, f), answer in zip(step.outputs, answers, strict=True):
-                slots[slot] = _with_default(f, answer)
+                slots[slot] = with_default(f, answer)
 
 
 def _strict(step: Step, given: Mapping[str, Column], rows: int) -> list[Column]:
@@ -88,11 +104,11 @@ def _strict(step: Step, given: Mapping[str, Column], rows: int) -> list[Column]:
         return _call(step, given, rows)
     seen: Mask = reduce(np.logical_and, masks)
     if seen.all():
-        return _call(step, {name: Column(c.type, c.values, c.offsets) for name, c in given.items()}, rows)
+        return _call(step, {name: without_nulls(col) for name, col in given.items()}, rows)
     index = np.nonzero(seen)[0]
     if not len(index):
         return [_nulls(f.type, rows) for _, f in step.outputs]
-    taken = {name: Column(c.type, c.values, c.offsets).take(index) for name, c in given.items()}
+    taken = {name: without_nulls(col).take(index) for name, col in given.items()}
     place = np.where(seen, np.cumsum(seen) - 1, 0)
     answers = []
     for col in _call(step, taken, len(index)):
@@ -165,18 +181,22 @@ def _answer(step: Step, f: Field, answer: Any, rows: int) -> Column:
     return Column(f.type, np.ascontiguousarray(stored), None, valid)
 
 
-def _with_default(f: Field, col: Column) -> Column:
-    """Return a column with the output's default, NaN or zero in the place of its nulls."""
+def with_default(f: Field, col: Column) -> Column:
+    """Return a feature's column with its default, else NaN, zero or nothing, in the place of its nulls."""
     if col.valid is None:
         return col
     default = column(f.type, [f.value(f.default)]) if f.default is not None else _nulls(f.type, 1)
-    both = concatenate(Column(col.type, col.values, col.offsets), default)
+    both = _concatenated(without_nulls(col), default)
     filled = both.take(np.where(col.valid, np.arange(len(col)), len(col)))
     return Column(col.type, filled.values, filled.offsets, col.valid)
 
 
-def concatenate(first: Column, second: Column) -> Column:
-    """Return the values of two columns without nulls, one after the other."""
+def without_nulls(col: Column) -> Column:
+    """Return a column whose nulls are taken for the values in their places."""
+    return col if col.valid is None else Column(col.type, col.values, col.offsets)
+
+
+def _concatenated(first: Column, second: Column) -> Column:
     values = np.concatenate([first.values, second.values])
     if first.offsets is None or second.offsets is None:
         return Column(first.type, values)

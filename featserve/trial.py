@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from featserve.definitions import Field, OnDemandTransform, Outputs, Selection
+from featserve.definitions import Field, OnDemandTransform
 from featserve.errors import DefinitionError, TransformError
-from featserve.transform import Slots, Step, compile_steps, run, slot_of
-from featserve.types import Column, Mask, Timestamp, Type, column
+from featserve.transform import Slots, Step, compile_steps, field_of, run, slot_of
+from featserve.types import Column, Mask, Timestamp, column
 
 ROWS = 61
 """Odd and not small: blocks, vector lanes and their remainders are all met."""
@@ -45,10 +45,7 @@ def check_transform(transform: OnDemandTransform) -> None:
     rng = np.random.default_rng(int(transform.hash[:16], 16))
     steps = compile_steps([transform])
     for label, nulls in (("without nulls", False), ("with nulls", True)):
-        slots = {
-            slot_of(given): _random(rng, transform.input_type(name), _field(given), nulls)
-            for name, given in transform.inputs.items()
-        }
+        slots = {slot_of(given): _random(rng, field_of(given), nulls) for given in transform.inputs.values()}
         try:
             whole = _watched(transform, slots, ROWS)
             again = _outputs(transform, steps, slots, ROWS)
@@ -109,7 +106,7 @@ def _home(called: Any) -> str:
     kind = owner if isinstance(owner, type) else type(owner)
     if kind.__module__ not in ("builtins", "module"):
         return "numpy.random" if kind.__module__.startswith("numpy.random") else kind.__module__
-    return getattr(called, "__module__", None) or getattr(owner, "__name__", "")
+    return str(getattr(called, "__module__", None) or getattr(owner, "__name__", ""))
 
 
 def _written_clocks(source: str) -> list[str]:
@@ -154,19 +151,10 @@ def _part(slots: Slots, start: int, stop: int) -> Slots:
     return {name: col.take(np.arange(start, min(stop, len(col)))) for name, col in slots.items()}
 
 
-def _field(given: object) -> Field | None:
-    match given:
-        case Selection(view, (name,)):
-            return view.feature(name)
-        case Outputs(transform, (name,)):
-            return transform.output(name)
-        case _:
-            return None
-
-
-def _random(rng: np.random.Generator, type: Type, f: Field | None, nulls: bool) -> Column:
+def _random(rng: np.random.Generator, f: Field, nulls: bool) -> Column:
     """Return a column of random values that the field's constraints allow, a third of them null if ``nulls``."""
-    if f is not None and f.allowed is not None:
+    type = f.type
+    if f.allowed is not None:
         choices = column(type, [f.value(v) for v in f.allowed])
         values = choices.take(rng.integers(0, len(choices), ROWS))
     elif type.variable:
@@ -176,16 +164,15 @@ def _random(rng: np.random.Generator, type: Type, f: Field | None, nulls: bool) 
     elif type.name == "bool":
         values = Column(type, rng.integers(0, 2, ROWS).astype(np.bool_))
     else:
-        values = Column(type, _numbers(rng, type, f))
-    if not nulls or (f is not None and (f.not_null or f.default is not None)):
+        values = Column(type, _numbers(rng, f))
+    if not nulls or f.not_null or f.default is not None:
         return values
     return Column(type, values.values, values.offsets, rng.random(ROWS) > 0.33)
 
 
-def _numbers(rng: np.random.Generator, type: Type, f: Field | None) -> Any:
+def _numbers(rng: np.random.Generator, f: Field) -> Any:
+    type, low, high = f.type, f.min, f.max
     shape = (ROWS, type.length) if type.vector else (ROWS,)
-    low = f.min if f is not None and f.min is not None else None
-    high = f.max if f is not None and f.max is not None else None
     if type is Timestamp:
         low, high = (0 if low is None else low), (2 * 10**15 if high is None else high)
         return rng.integers(low, high, shape, endpoint=True)

@@ -10,7 +10,7 @@ from featserve.definitions.code import Code, Function, capture
 from featserve.definitions.rules import Json, check_name, check_tags, check_version, content_hash, unique
 from featserve.definitions.view import FeatureView, Field, Selection
 from featserve.errors import DefinitionError, hint
-from featserve.types import Timestamp, Type, parse_type
+from featserve.types import Type, parse_type
 
 Nulls = Literal["strict", "pass"]
 
@@ -130,18 +130,6 @@ class OnDemandTransform:
             if isinstance(i, Selection | Outputs)
         ]
         return tuple({source.id: source for source in found}.values())
-
-    def input_type(self, name: str) -> Type:
-        """Return the type of the values that parameter ``name`` is given."""
-        match self.inputs[name]:
-            case Selection(view, (feature,)):
-                return view.feature(feature).type
-            case Outputs(transform, (output,)):
-                return transform.output(output).type
-            case RequestColumn(_, type_):
-                return type_
-            case _:
-                return Timestamp
 
     def to_dict(self) -> Json:
         return self.meaning() | {
