@@ -172,12 +172,15 @@ class Registry:
         RegistryConflict, having written nothing, if the meaning of a stored version would change, and DefinitionError
         if a new transform breaks the contract of one.
         """
+        # A project's own function may run for any time, so before the lock is taken. As nothing is ever deleted, all
+        # that is created under the lock was new here.
+        for change in self.plan(definitions).of("create"):
+            if change.kind == "on_demand_transform":
+                check_transform(definitions.transforms[change.id])
         with self._transaction(WRITE) as connection:
             plan = compare(self._read(connection), definitions)
             if plan.conflicts:
                 raise _conflict(plan.conflicts)
-            for transform_id in [c.id for c in plan.of("create") if c.kind == "on_demand_transform"]:
-                check_transform(definitions.transforms[transform_id])
             for change in plan.writes:
                 kind = KINDS_BY_NAME[change.kind]
                 self._write(connection, kind, change, definitions.of(kind)[change.id], who, now_us)

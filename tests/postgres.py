@@ -51,7 +51,7 @@ def postgres() -> Iterator[Cluster]:
             shutil.chown(folder, ACCOUNT)
         data, port = folder / "data", _free_port()
         _run(binaries / "initdb", "-D", data, "-U", ACCOUNT, "--auth=trust", "--no-sync", "--encoding=UTF8")
-        options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off"
+        options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories='' -c fsync=off"
         _run(binaries / "pg_ctl", "-D", data, "-w", "-l", folder / "log", "-o", options, "start")
         try:
             yield Cluster(port)

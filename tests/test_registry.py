@@ -8,7 +8,7 @@ import pytest
 
 from featserve.definitions import Entity, FeatureService, FeatureView, Field, OnDemandTransform, Outputs, Selection
 from featserve.definitions.code import Code
-from featserve.errors import RegistryConflict, UnknownName
+from featserve.errors import DefinitionError, RegistryConflict, UnknownName
 from featserve.registry import Load, Registry, Snapshot
 from featserve.types import Bytes, Float64, Int64, String, Timestamp, Vector
 from tests.declarations import AIRPORT, NOW_US, declare, view
@@ -64,6 +64,15 @@ def test_a_chain_of_transforms_is_read_back(registry: Registry) -> None:
     assert list(snapshot.transforms) == ["a@1", "m@1", "z@1"]
     assert snapshot.services["fraud@1"].hash == service.hash
     assert snapshot.services["fraud@1"].transforms == service.transforms
+
+
+def test_a_transform_that_breaks_its_contract_is_not_applied(registry: Registry) -> None:
+    """One function that depends on its neighbours keeps the whole apply out."""
+    code = Code("center", {"definitions": "def center(x):\n    return x - x.mean()\n"})
+    bad = OnDemandTransform("center", {"x": view()["wind"]}, [Field("centered", Float64)], code)
+    with pytest.raises(DefinitionError, match="center@1"):
+        registry.apply(declare(FeatureService("fraud", [view(), bad])), "ann", NOW_US)
+    assert registry.snapshot() == Snapshot()
 
 
 def test_applying_again_changes_nothing(registry: Registry) -> None:
