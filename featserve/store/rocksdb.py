@@ -42,20 +42,24 @@ class RocksStore:
         if access == "write":
             with translated(f"cannot make a store at {path}"):
                 path.parent.mkdir(parents=True, exist_ok=True)
+        self._access = access
         with translated(f"cannot open the store at {path}"):
             self._db: rocksdict.Rdict | None = _open(path, self._options, access)
-        self._check_format(access)
+            try:
+                self._check_format()
+            except BaseException:
+                self.close()
+                raise
         if access == "write":
             for left in path.parent.glob(f".{path.name}.load-*"):  # of a process that died while loading
                 shutil.rmtree(left)
 
-    def _check_format(self, access: Access) -> None:
+    def _check_format(self) -> None:
         db = self._opened()
         found = db.get(FORMAT_KEY)
-        if found is None and access == "write" and db.latest_sequence_number() == 0:
+        if found is None and self._access == "write" and db.latest_sequence_number() == 0:
             db.put(FORMAT_KEY, FORMAT, self._write_options)
         elif found != FORMAT:
-            self.close()
             kind = "is not a featserve store" if found is None else f"has format {found!r}, not {FORMAT!r}"
             raise StoreError(f"the database at {self.path} {kind}; choose another [store] path")
 
@@ -67,6 +71,7 @@ class RocksStore:
         return found
 
     def write_many(self, keys: Sequence[bytes], rows: Sequence[bytes]) -> int:
+        self._check_writable()
         best = newest(keys, rows)
         names = list(best)
         batch = rocksdict.WriteBatch(raw_mode=True)
@@ -83,6 +88,7 @@ class RocksStore:
 
     @contextmanager
     def load(self) -> Iterator[_Load]:
+        self._check_writable()
         load = _Load(self)
         with self._lock:
             self._loads.add(load)
@@ -111,13 +117,23 @@ class RocksStore:
     def close(self) -> None:
         db, self._db = self._db, None
         if db is not None:
-            with translated(f"cannot close the store at {self.path}"):
+            try:
                 db.close()
+            except Exception as error:
+                # After a write that failed RocksDB does not flush either. What was acknowledged is in its log.
+                if "Writer has previous error" in str(error):
+                    return
+                raise _translate(error, f"cannot close the store at {self.path}") from error
 
     def _opened(self) -> rocksdict.Rdict:
         if self._db is None:
             raise StoreError(f"the store at {self.path} is closed")
         return self._db
+
+    def _check_writable(self) -> None:
+        self._opened()
+        if self._access != "write":
+            raise StoreError(f"the store at {self.path} is open for reading; open it for writing")
 
     def _overlaps(self, first: bytes, last: bytes) -> bool:
         """Say whether any key lies between ``first`` and ``last``."""
@@ -136,7 +152,6 @@ class _Load:
         self.touched: set[bytes] = set()
         self.overtaken = False
         self._store = store
-        store._opened()
         self._folder = store.path.parent / f".{store.path.name}.load-{uuid4().hex[:12]}"
         with translated(f"cannot stage a load in {self._folder}"):
             self._folder.mkdir()
