@@ -264,6 +264,8 @@ def _options(block_cache_mb: int, row_cache_mb: int) -> rocksdict.Options:
     if row_cache_mb:
         options.set_row_cache(rocksdict.Cache(row_cache_mb << 20))
     options.set_keep_log_file_num(4)
+    # The default drops, without a word, every row logged after a damaged one; this drops a last one cut short, no more.
+    options.set_wal_recovery_mode(rocksdict.DBRecoveryMode.tolerate_corrupted_tail_records())
     return options
 
 
