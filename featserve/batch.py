@@ -5,14 +5,16 @@ Both are plain values over ``types.Column``; neither knows a store, a file or a 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from featserve.errors import InvalidRequest, Violation, hint, invalid
+from featserve.errors import MAX_VIOLATIONS, InvalidRequest, Violation, hint, invalid
 from featserve.types import Column, Type, column
 
 Int64s = npt.NDArray[np.int64]
@@ -123,17 +125,18 @@ def check_request_columns(
 
 
 def column_names(where: str, given: Iterable[str], expected: Mapping[str, Type]) -> InvalidRequest:
-    """Return the error for columns that are missing, unknown or repeated; ``where`` is "keys" or "request_columns"."""
-    kind = {"keys": "key column", "request_columns": "request column"}[where]
-    names = list(given)
-    wrong = [(name, f"missing {kind} {name!r} ({expected[name]})") for name in expected if name not in names]
-    wrong += [
-        (name, f"unknown {kind} {name!r}{hint(name, expected)}")
-        for name in dict.fromkeys(names)
-        if name not in expected
-    ]
-    wrong += [(name, f"{kind} {name!r} stands twice") for name in dict.fromkeys(names) if names.count(name) > 1]
-    violations = [Violation(f"{where}.{name}", description) for name, description in wrong]
+    """Return the error for columns that are missing, unknown or repeated, naming the first few.
+
+    ``where``: "keys", "request_columns" or "columns" (of a row).
+    """
+    kind = {"keys": "key column", "request_columns": "request column", "columns": "column"}[where]
+    names = Counter(list(given))
+    wrong = chain(
+        ((name, f"missing {kind} {name!r} ({expected[name]})") for name in expected if name not in names),
+        ((name, f"unknown {kind} {name!r}{hint(name, expected)}") for name in names if name not in expected),
+        ((name, f"{kind} {name!r} stands twice") for name, times in names.items() if times > 1),
+    )
+    violations = [Violation(f"{where}.{name}", description) for name, description in islice(wrong, MAX_VIOLATIONS)]
     return InvalidRequest("; ".join(v.description for v in violations), violations=violations)
 
 

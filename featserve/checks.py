@@ -15,10 +15,8 @@ import numpy as np
 from featserve.batch import EventBatch, Int64s
 from featserve.codec import check_key_sizes
 from featserve.definitions import FeatureView, Field
-from featserve.errors import InvalidRequest, Violation
+from featserve.errors import MAX_VIOLATIONS, InvalidRequest, Violation
 from featserve.types import Column, Mask, column, from_us
-
-MAX_VIOLATIONS = 16
 
 
 def check_rows(view: FeatureView, batch: EventBatch, latest_us: int | None = None, first_row: int = 0) -> None:

@@ -32,6 +32,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+MAX_VIOLATIONS = 16
+"""The most violations that one error lists."""
+
+MAX_HINTED = 128
+"""The longest name that is compared with others: the comparison takes the square of its length."""
+
 
 @dataclass(frozen=True, slots=True)
 class Violation:
@@ -145,7 +151,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UnknownName:
 def hint(name: str, known: Iterable[str]) -> str:
     """Return ``; did you mean 'x' or 'y'?``, else ``; there is: …``, else ``; there are none``."""
     names = sorted(set(known))
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.6) if len(name) <= MAX_HINTED else []
     if near:
         return "; did you mean " + " or ".join(repr(n) for n in near) + "?"
     if not names:

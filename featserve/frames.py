@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from featserve.batch import Arrival, EntityKeys, Int64s, check_request_columns, ragged
-from featserve.errors import InvalidRequest, Violation, hint, invalid
+from featserve.batch import Arrival, EntityKeys, Int64s, check_request_columns, column_names, ragged
+from featserve.errors import hint, invalid
 from featserve.schema import ServiceSchema
 from featserve.types import Column, Timestamp, Type, column
 
@@ -66,11 +66,8 @@ def request_of(keys: Frame, request: Frame | None, schema: ServiceSchema) -> tup
 def columns_of(data: Frame, expected: Mapping[str, Type]) -> dict[str, Column]:
     """Return the columns of rows to write; raises InvalidRequest that names what is missing, extra or wrong."""
     given = mapping(data, expected)
-    violations = [
-        Violation(f"columns.{n}", f"missing column {n!r} ({type_})") for n, type_ in expected.items() if n not in given
-    ] + [Violation(f"columns.{n}", f"unknown column {n!r}{hint(n, expected)}") for n in given if n not in expected]
-    if violations:
-        raise InvalidRequest("; ".join(v.description for v in violations), violations=violations)
+    if given.keys() != expected.keys():
+        raise column_names("columns", given, expected)
     columns = {name: column(type_, given[name], f"rows.{name}") for name, type_ in expected.items()}
     if len({len(col) for col in columns.values()}) > 1:
         raise ragged("columns", {name: len(col) for name, col in columns.items()})

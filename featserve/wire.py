@@ -17,10 +17,10 @@ from google.protobuf.message import DecodeError
 from featserve._proto import serving_pb2 as pb
 from featserve.batch import Arrival, EntityKeys, check_request_columns, column_names, ragged
 from featserve.definitions import FeatureView
-from featserve.errors import InvalidRequest, TooLarge, Violation, hint, invalid
+from featserve.errors import TooLarge, Violation, invalid
 from featserve.matrix import FeatureMatrix
 from featserve.schema import FeatureSchema, ServiceSchema, ViewSchema
-from featserve.types import Array, Column, Int64, Mask, Type, type_of_code
+from featserve.types import SCALARS_BY_CODE, VECTOR_CODE, Array, Column, Int64, Mask, Type, type_of_code
 
 FULL_METHOD = "/featserve.v1.FeatureServingService/"
 
@@ -49,8 +49,7 @@ def decode_request_columns(columns: Iterable[pb.Column], expected: Mapping[str, 
 def decode_column(message: pb.Column, expected: Type, where: str, max_rows: int) -> Column:
     """Return a column of the ``expected`` type; ``where`` names it in errors."""
     if message.type != expected.code or message.length != (expected.length if expected.vector else 0):
-        got = type_of_code(message.type, message.length or 1)
-        raise invalid(where, f"expected {expected}, got {got if got is not None else f'type number {message.type}'}")
+        raise invalid(where, f"expected {expected}, got {_type_told(message)}")
     data = message.data
     if expected.variable:
         column = _decode_strings(message, expected, where)
@@ -71,6 +70,16 @@ def decode_column(message: pb.Column, expected: Type, where: str, max_rows: int)
         valid = unpack_bits(message.validity, len(column), where)
         return column if valid.all() else Column(column.type, column.values, column.offsets, valid)
     return column
+
+
+def _type_told(message: pb.Column) -> str:
+    """Say what type a column claims to be."""
+    if message.type == VECTOR_CODE:
+        return f"vector[{message.length}]"
+    scalar = SCALARS_BY_CODE.get(message.type)
+    if scalar is None:
+        return f"type number {message.type}"
+    return f"{scalar} of length {message.length}, and only a vector has one" if message.length else str(scalar)
 
 
 def _decode_strings(message: pb.Column, expected: Type, where: str) -> Column:
@@ -263,23 +272,10 @@ def decode_times(data: bytes, where: str) -> Array:
 
 def decode_rows(request: pb.WriteRowsRequest, expected: Mapping[str, Type], max_rows: int) -> Arrival:
     """Return the rows of a write, their columns all of one length."""
-    given: dict[str, Column] = {}
-    violations: list[Violation] = []
-    for message in request.columns:
-        name = message.name
-        if name in given:
-            violations.append(Violation(f"columns.{name}", f"column {name!r} stands twice"))
-        elif name not in expected:
-            violations.append(Violation(f"columns.{name}", f"unknown column {name!r}{hint(name, expected)}"))
-        else:
-            given[name] = decode_column(message, expected[name], f"columns.{name}", max_rows)
-    violations += [
-        Violation(f"columns.{name}", f"missing column {name!r} ({expected[name]})")
-        for name in expected
-        if name not in given
-    ]
-    if violations:
-        raise InvalidRequest("; ".join(v.description for v in violations), violations=violations)
+    names = [message.name for message in request.columns]
+    if len(names) != len(expected) or set(names) != expected.keys():
+        raise column_names("columns", names, expected)
+    given = {m.name: decode_column(m, expected[m.name], f"columns.{m.name}", max_rows) for m in request.columns}
     event_times = decode_times(request.event_times, "event_times")
     known_at = decode_times(request.known_at, "known_at") if request.known_at else None
     positions = decode_times(request.source_positions, "source_positions") if request.source_positions else None

@@ -14,6 +14,12 @@ from featserve._proto import errors_pb2 as pb
 DOMAIN = "featserve"
 DETAILS_KEY = "grpc-status-details-bin"
 
+# What an error may take. The message travels twice, in one place as three bytes for each byte that is not ASCII; the
+# details as four bytes for three.
+MESSAGE_BYTES = 900
+DETAIL_BYTES = 160
+VIOLATIONS = 8
+
 # The nearest class on an error's way to the root counts.
 CODES: dict[type[errors.FeatserveError], int] = {
     errors.FeatserveError: 13,  # INTERNAL
@@ -38,16 +44,28 @@ def code_of(error: errors.FeatserveError) -> int:
 
 
 def encode_error(error: errors.FeatserveError) -> pb.ErrorStatus:
-    """Return the google.rpc.Status of an error: an ErrorInfo and, where fields are at fault, a BadRequest."""
-    status = pb.ErrorStatus(code=code_of(error), message=str(error))
-    info = pb.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
-    status.details.append(_any("google.rpc.ErrorInfo", info))
+    """Return the google.rpc.Status of an error: an ErrorInfo and, where fields are at fault, a BadRequest.
+
+    Texts and lists are cut, so that all of it fits into the 8 KiB of metadata that gRPC clients take at least.
+    """
+    status = pb.ErrorStatus(code=code_of(error), message=cut(str(error), MESSAGE_BYTES))
+    metadata = {key: cut(value, DETAIL_BYTES) for key, value in error.metadata.items()}
+    status.details.append(
+        _any("google.rpc.ErrorInfo", pb.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata))
+    )
     if error.violations:
         bad = pb.BadRequest()
-        for violation in error.violations:
-            bad.field_violations.add(field=violation.field, description=violation.description)
+        for violation in error.violations[:VIOLATIONS]:
+            field, description = cut(violation.field, DETAIL_BYTES), cut(violation.description, DETAIL_BYTES)
+            bad.field_violations.add(field=field, description=description)
         status.details.append(_any("google.rpc.BadRequest", bad))
     return status
+
+
+def cut(text: str, most: int) -> str:
+    """Return ``text``, or as much of its start as takes ``most`` bytes of UTF-8 with a mark of the cut."""
+    raw = text.encode(errors="replace")
+    return raw.decode() if len(raw) <= most else raw[: most - 3].decode(errors="ignore") + "…"
 
 
 def _any(name: str, message: Message) -> AnyMessage:
