@@ -1,0 +1,32 @@
+"""What the tests run in a process of its own, so that it can be signalled, killed and measured.
+
+``python -m tests.process serve FOLDER`` serves a project and prints its address once it takes requests.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from featserve.config import load_config
+from featserve.errors import FeatserveError
+from featserve.server.app import run
+from featserve.server.logs import configure
+
+
+def say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def serve(folder: Path) -> None:
+    configure()
+    run(load_config(folder), ready=say)
+
+
+if __name__ == "__main__":
+    verb, folder = sys.argv[1], Path(sys.argv[2])
+    try:
+        {"serve": serve}[verb](folder)
+    except FeatserveError as error:
+        sys.exit(f"{error.__class__.__name__}: {error}")

@@ -1,0 +1,45 @@
+"""Servers as fixtures: one that many tests share, and as many more as a test starts.
+
+A plugin: a test module takes it with ``pytest_plugins = ["tests.served"]``. What asks for a server runs once for each
+transport, so a transport is added to ``serving.TRANSPORTS`` and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.serving import TRANSPORTS, Project, Server
+
+
+@pytest.fixture(scope="session", params=TRANSPORTS)
+def transport(request: pytest.FixtureRequest) -> str:
+    """Name each transport in turn."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="session")
+def server(transport: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Run one server for all the tests that leave it as it was."""
+    project = Project.make(tmp_path_factory.mktemp("served"), **TRANSPORTS[transport])
+    with Server(project, transport) as server:
+        yield server
+
+
+@pytest.fixture
+def start(transport: str, tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """Give a function that starts a server of the test's own; its arguments are [server] settings."""
+    started: list[Server] = []
+
+    def starter(**settings: Any) -> Server:
+        project = Project.make(tmp_path / f"project-{len(started)}", **TRANSPORTS[transport] | settings)
+        started.append(Server(project, transport))
+        return started[-1].ready()
+
+    yield starter
+    for server in started:
+        server.__exit__(None, None, None)
