@@ -5,12 +5,14 @@ Comes in: a project's folder. Knows no transport.
 
 from __future__ import annotations
 
-import time
+import time as clock
 from datetime import datetime
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+import pyarrow
 
 from featserve.batch import Written
 from featserve.config import Config, load_config
@@ -19,10 +21,14 @@ from featserve.errors import StoreError, invalid
 from featserve.frames import Frame, request_of, rows_of
 from featserve.materialize import Loaded, Progress, load
 from featserve.matrix import FeatureMatrix
+from featserve.offline import Engine as EngineName
+from featserve.offline import OfflineEngine, open_engine
+from featserve.offline import Progress as JoinProgress
 from featserve.plan import Plans
 from featserve.registry import Load, Registry
 from featserve.schema import ServiceSchema
 from featserve.store import Access, open_store
+from featserve.training import training_frame
 from featserve.types import to_us
 
 
@@ -87,7 +93,7 @@ class Embedded:
         """Load a view's batch source into the store, as of an instant (now by default), and record it."""
         self._check_writable()
         plan = self.engine.plans.view(view)
-        started = time.monotonic()
+        started = clock.monotonic()
         as_of_us = instant_us(as_of)
         loaded = load(self.engine.store, plan, self.config.folder, as_of_us, progress)
         source = plan.view.source
@@ -95,10 +101,43 @@ class Embedded:
         self.registry.record_load(
             Load(
                 plan.view.id, as_of_us, clock_us(), loaded.rows_read, loaded.rows_stored, source.path,
-                time.monotonic() - started,
+                clock.monotonic() - started,
             )
         )  # fmt: skip
         return loaded
+
+    def training_frame(
+        self,
+        service: str,
+        labels: Frame | str | PathLike[str],
+        *,
+        time: str,
+        engine: OfflineEngine | EngineName = "duckdb",
+        event_times: bool = False,
+        statuses: bool = False,
+        progress: JoinProgress | None = None,
+    ) -> pyarrow.Table:
+        """Return the labels with the features of ``service`` as they could have been known at each row's ``time``.
+
+        One row for each label, in the labels' order; see ``training.training_frame``. ``engine``: "duckdb", "spark", or
+        an open engine. Reads the batch sources, not the store.
+        """
+        definition = self.engine.plans.snapshot.service(service)
+        opened = open_engine(engine) if isinstance(engine, str) else engine
+        try:
+            return training_frame(
+                opened,
+                definition,
+                labels if not isinstance(labels, PathLike) else Path(labels),
+                time,
+                root=self.config.folder,
+                event_times=event_times,
+                statuses=statuses,
+                progress=progress,
+            )
+        finally:
+            if isinstance(engine, str):
+                opened.close()
 
     def refresh(self) -> None:
         """Take what was applied since the project was opened."""
@@ -134,4 +173,4 @@ def instant_us(as_of: datetime | None) -> int:
 
 def clock_us() -> int:
     """Return the machine's time, int64 microseconds since the Unix epoch."""
-    return time.time_ns() // 1_000
+    return clock.time_ns() // 1_000

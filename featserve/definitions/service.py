@@ -37,7 +37,7 @@ class FeatureService:
         check_version(what, self.version)
         if self.dtype not in (Float32, Float64):
             raise DefinitionError(f"{what}: dtype {self.dtype!r} is neither Float32 nor Float64")
-        chosen = tuple(_chosen(what, item) for item in self.features)
+        chosen = _merged([_chosen(what, item) for item in self.features])
         if not chosen:
             raise DefinitionError(f"{what}: features is a list of at least one view, transform or selection of one")
         object.__setattr__(self, "features", chosen)
@@ -171,6 +171,20 @@ def _chosen(what: str, item: object) -> Selection | Outputs:
     if isinstance(item, Selection | Outputs):
         return item
     raise DefinitionError(f"{what}: {item!r} is neither a feature view nor a transform, nor features chosen from one")
+
+
+def _merged(items: Iterable[Selection | Outputs]) -> tuple[Selection | Outputs, ...]:
+    """Join neighbours of one view or transform: ``w["a"], w["b"]`` and ``w["a", "b"]`` mean the same."""
+    merged: list[Selection | Outputs] = []
+    for item in items:
+        last = merged[-1] if merged else None
+        if isinstance(item, Selection) and isinstance(last, Selection) and last.view == item.view:
+            merged[-1] = Selection(item.view, last.names + item.names)
+        elif isinstance(item, Outputs) and isinstance(last, Outputs) and last.transform == item.transform:
+            merged[-1] = Outputs(item.transform, last.names + item.names)
+        else:
+            merged.append(item)
+    return tuple(merged)
 
 
 def _one_type(what: str, role: str, columns: dict[str, tuple[Type, str]], name: str, type_: Type, where: str) -> None:
