@@ -58,7 +58,10 @@ class GrpcioServer:
         try:
             bound = self._server.add_insecure_port(f"{host}:{port}")
         except RuntimeError as error:
-            raise ServingError(f"cannot listen on {host}:{port}: {error}. Choose another [server] port") from None
+            raise ServingError(
+                f"cannot listen on {host}:{port}: another process does, or the address is not this machine's; choose "
+                "another [server] host and port, or `featserve serve --port`"
+            ) from error
         await self._server.start()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         return bound

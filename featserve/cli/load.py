@@ -1,0 +1,233 @@
+"""``featserve materialize``: views from their sources into the store, here or through a running server.
+
+Comes in: a project, the names of views, an instant. Each view is on its own: one whose source is at fault does not
+keep the others from loading, and Ctrl-C ends the one at hand between two batches.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from types import FrameType
+
+import numpy as np
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from featserve.batch import Arrival, EventBatch
+from featserve.catalog import Snapshot
+from featserve.cli.show import STDERR, note, show, show_error, table
+from featserve.client import Client, connect
+from featserve.config import Config
+from featserve.definitions import FeatureView
+from featserve.embedded import Embedded, clock_us, instant_us
+from featserve.errors import CallerError, FeatserveError, SourceError
+from featserve.materialize import Loaded, visible_batches
+from featserve.registry import Load, Registry
+from featserve.types import from_us
+from featserve.wire import encode_rows
+
+MESSAGE_ROWS = 5_000
+MESSAGE_BYTES = 4 << 20
+"""What a message to a server holds at most, but for a row that is longer on its own."""
+
+Note = Callable[[int, float], None]
+LoadView = Callable[[FeatureView, Note], Loaded]
+
+
+class Interrupted(Exception):
+    """Ctrl-C was pressed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A view that was loaded."""
+
+    view: str
+    loaded: Loaded
+    seconds: float
+
+
+def materialize(config: Config, names: tuple[str, ...], as_of: datetime | None, target: str | None) -> int:
+    """Load views, print what was loaded, and return the exit code: 1 where a source was at fault, 130 on Ctrl-C."""
+    as_of_us = instant_us(as_of)
+    with ExitStack() as stack:
+        if target is None:
+            project = stack.enter_context(Embedded(config, "write"))
+            snapshot = project.engine.plans.snapshot
+            load_view = _loads_here(project, as_of_us)
+        else:
+            registry = stack.enter_context(Registry.open(config.registry.url, create=False))
+            snapshot = registry.snapshot()
+            load_view = _sends(config, registry, stack.enter_context(connect(target)), as_of_us)
+        return _load_all(chosen(snapshot, names), load_view, remote=target is not None)
+
+
+def chosen(snapshot: Snapshot, names: tuple[str, ...]) -> list[FeatureView]:
+    """Return the views that ``names`` mean; without any, all versions of all views that have a source."""
+    if not snapshot.views:
+        raise CallerError("nothing is applied yet: run `featserve apply` first")
+    if names:
+        return list({view.id: view for view in map(snapshot.view, names)}.values())
+    views = [view for view in snapshot.views.values() if view.source is not None]
+    if not views:
+        raise CallerError("no feature view has a source to load; their rows are only written online")
+    return views
+
+
+def _loads_here(project: Embedded, as_of_us: int) -> LoadView:
+    def load_view(view: FeatureView, note: Note) -> Loaded:
+        return project.materialize(view.id, as_of=from_us(as_of_us), progress=note)
+
+    return load_view
+
+
+def _sends(config: Config, registry: Registry, client: Client, as_of_us: int) -> LoadView:
+    """Return what sends a view's rows to a server, in messages that it takes, and records the load."""
+    limit_rows = min(MESSAGE_ROWS, config.server.max_rows)
+    limit_bytes = min(MESSAGE_BYTES, (config.server.max_message_mb << 20) // 4)
+
+    def load_view(view: FeatureView, note: Note) -> Loaded:
+        assert view.source is not None
+        started, rows_read = time.monotonic(), 0
+
+        def count(rows: int, part: float) -> None:
+            nonlocal rows_read
+            rows_read = rows
+            note(rows, part)
+
+        written = client.write_messages(
+            encode_rows(view.id, portion)
+            for _, batch in visible_batches(view, config.folder, as_of_us, count)
+            for portion in portions(batch, limit_rows, limit_bytes)
+        )
+        seconds = time.monotonic() - started
+        registry.record_load(Load(view.id, as_of_us, clock_us(), rows_read, written.stored, view.source.path, seconds))
+        return Loaded(rows_read, written.stored)
+
+    return load_view
+
+
+def portions(batch: EventBatch, limit_rows: int, limit_bytes: int) -> Iterator[Arrival]:
+    """Yield a batch in parts of at most ``limit_rows`` rows and ``limit_bytes`` bytes, or one row that is longer."""
+    sizes = np.full(len(batch), 3 * 8, np.int64)
+    for column in batch.columns.values():
+        sizes += column.type.width if column.offsets is None else 4 + np.diff(column.offsets)
+    ends = np.cumsum(sizes)
+    start = 0
+    while start < len(batch):
+        before = int(ends[start - 1]) if start else 0
+        fits = int(np.searchsorted(ends, before + limit_bytes, side="right"))
+        stop = min(max(fits, start + 1), start + limit_rows)
+        part = batch.take(np.arange(start, stop))
+        yield Arrival(part.columns, part.event_time_us, part.known_at_us, part.sequence)
+        start = stop
+
+
+def _load_all(views: list[FeatureView], load_view: LoadView, *, remote: bool) -> int:
+    finished: list[Finished] = []
+    refused: list[SourceError] = []
+    try:
+        with _progress() as progress, _interruptible() as check:
+            for view in views:
+                check()
+                started = time.monotonic()
+                try:
+                    loaded = load_view(view, _noted(progress, view, check))
+                    finished.append(Finished(view.id, loaded, time.monotonic() - started))
+                except SourceError as error:
+                    refused.append(error)
+    except Interrupted:
+        _show_finished(finished, refused)
+        _tell_interrupted(view, finished, remote)
+        return 130
+    except FeatserveError:
+        _show_finished(finished, refused)
+        raise
+    _show_finished(finished, refused)
+    return 1 if refused else 0
+
+
+def _noted(progress: Progress, view: FeatureView, check: Callable[[], None]) -> Note:
+    """Return what moves the bar of a view, and leaves its load once Ctrl-C was pressed."""
+    task = progress.add_task(view.id, total=1.0, rows=0)
+
+    def note(rows: int, part: float) -> None:
+        progress.update(task, completed=part, rows=rows)
+        check()
+
+    return note
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], None]]:
+    """Yield a function that raises Interrupted once Ctrl-C was pressed, so that no commit is cut short.
+
+    Pressed again, it ends the program where it stands, which loses nothing that is stored.
+    """
+    pressed = False
+
+    def press(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    def check() -> None:
+        if pressed:
+            raise Interrupted
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _show_finished(finished: list[Finished], refused: list[SourceError]) -> None:
+    if finished:
+        numbers = ["rows read", "stored", "rows/s", "seconds"]
+        made = table("view", *numbers, right=numbers)
+        for done in finished:
+            read, stored = done.loaded.rows_read, done.loaded.rows_stored
+            made.add_row(done.view, f"{read:,}", f"{stored:,}", f"{read / done.seconds:,.0f}", f"{done.seconds:.2f}")
+        show(made)
+    for error in refused:
+        show_error(error)
+
+
+def _tell_interrupted(view: FeatureView, finished: list[Finished], remote: bool) -> None:
+    loaded = f" Loaded: {', '.join(done.view for done in finished)}." if finished else ""
+    left = (
+        f"The rows of {view.id} that the server has already taken stay"
+        if remote
+        else f"Nothing of {view.id} became visible"
+    )
+    note("Interrupted.", f"{left}.{loaded} Run the same command again to load the rest.")
+
+
+class _Rate(ProgressColumn):
+    """Rows read so far, and how many a second."""
+
+    def render(self, task: Task) -> Text:
+        rows = task.fields["rows"]
+        rate = f", {rows / task.elapsed:,.0f} rows/s" if task.elapsed else ""
+        return Text(f"{rows:,} rows{rate}")
+
+
+def _progress() -> Progress:
+    """Return progress bars on standard error; without a terminal there is none."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        _Rate(),
+        TimeElapsedColumn(),
+        console=STDERR,
+        disable=not STDERR.is_terminal,
+        transient=True,
+    )
