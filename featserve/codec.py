@@ -117,7 +117,7 @@ class RowCodec:
         self.width = self.dtype.itemsize
         self.head = bytes([MAGIC, VERSION, 0, 0]) + bytes.fromhex(view.hash)[:4]
         ones = np.ones((1, len(self.features)), np.bool_)
-        self.lowest = np.concatenate([_words(self.head), [0, 0, 0], _pack(ones)[0]]).astype(np.uint64)
+        self.lowest = np.concatenate([_words(self.head), np.zeros(3, np.uint64), _pack(ones)[0]])
         """The least header of an ordinary row: uint64 of shape (words,)."""
         self.highest = self.lowest.copy()
         self.highest[1:4] = 2**64 - 1
