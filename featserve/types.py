@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -77,7 +77,8 @@ Timestamp = Type("timestamp", 8, np.dtype("<i8"))
 SCALARS = {t.name: t for t in (Bool, Int32, Int64, Float32, Float64, String, Bytes, Timestamp)}
 SCALARS_BY_CODE = {t.code: t for t in SCALARS.values()}
 VECTOR_CODE = 9
-FLOAT32_MAX = float(np.finfo(np.float32).max)
+FLOAT32_LIMIT = 2.0**128 - 2.0**103
+"""The least number that rounds to no float32."""
 MAX_VECTOR = 65_536
 
 
@@ -171,10 +172,15 @@ def column(type: Type, values: Iterable[Any], what: str = "column") -> Column:
     InvalidRequest that names ``what`` and the row, never a silent conversion. Widening that loses nothing is allowed
     (int to float64 below 2**53, int32 to int64).
     """
-    if isinstance(values, np.ndarray) and values.dtype.kind != "O":
+    if isinstance(values, np.ma.MaskedArray):
+        values = values.tolist()
+    elif isinstance(values, np.ndarray) and values.dtype.kind != "O":
         return _from_array(type, values, what)
+    if isinstance(values, _ONE_VALUE) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
+        raise invalid(what, f"expected a list or an array of {type}, got {_show(values)}")
     items = list(values)
-    missing = [v is None or _is_nat(v) for v in items]
+    nan_is_null = type.variable or type in (Bool, Timestamp)
+    missing = [v is None or _is_nat(v) or (nan_is_null and isinstance(v, float) and math.isnan(v)) for v in items]
     valid = None if not any(missing) else ~np.array(missing)
     if type.variable:
         encoded = [
@@ -198,34 +204,47 @@ def _from_array(type: Type, values: Array, what: str) -> Column:
     if type.vector:
         if values.ndim != 2 or values.shape[1] != type.length or kind not in "fiu":
             raise wrong(what, None, type, f"an array of shape {values.shape} and dtype {values.dtype}")
-        return Column(type, np.ascontiguousarray(values, type.dtype))
+        return Column(type, np.ascontiguousarray(_cast(type, values, what)))
     if values.ndim != 1:
         raise wrong(what, None, type, f"an array of {values.ndim} dimensions")
     if type.variable:
-        if kind not in ("U" if type is String else "S"):
+        if kind not in ("UT" if type is String else "S"):
             raise wrong(what, None, type, f"an array of dtype {values.dtype}")
         return column(type, values.tolist(), what)
     if type is Timestamp:
         if kind == "M":
             gone = np.isnat(values)
-            micros = values.astype("<M8[us]").astype("<i8")
+            micros = _micros(values, what)
             if gone.any():
                 return Column(type, np.where(gone, 0, micros), None, ~gone)
             return Column(type, micros)
-        if kind not in "iu":
-            raise wrong(what, None, type, f"an array of dtype {values.dtype}")
     allowed = {1: "b", 2: "iu", 3: "iu", 4: "fiu", 5: "fiu", 8: "iu"}[type.code]
     if kind not in allowed:
         raise wrong(what, None, type, f"an array of dtype {values.dtype}")
+    return Column(type, _cast(type, values, what))
+
+
+def _cast(type: Type, values: Array, what: str) -> Array:
+    """Return numbers of one or two dimensions in the dtype of ``type``."""
     if values.dtype == type.dtype:
-        return Column(type, values)
+        return values
     with np.errstate(over="ignore", invalid="ignore"):
         cast = values.astype(type.dtype)
     bad = lost(type, values, cast)
     if bad.any():
-        row = int(np.argmax(bad))
-        raise wrong(what, row, type, f"{values[row]} (out of range)")
-    return Column(type, cast)
+        cell = np.unravel_index(int(np.argmax(bad)), bad.shape)
+        raise wrong(what, int(cell[0]), type, f"{values[cell]} (out of range)")
+    return cast
+
+
+def _micros(values: Array, what: str, row: int = 0) -> Array:
+    """Return datetime64 of any unit as int64 microseconds; ``row``: the number of the first one."""
+    micros = values.astype("<M8[us]")
+    bad = (micros.astype(values.dtype) != values) & ~np.isnat(values)
+    if bad.any():
+        at = int(np.argmax(bad))
+        raise wrong(what, row + at, Timestamp, f"{values[at]} (no whole number of microseconds, or out of range)")
+    return micros.astype("<i8")
 
 
 def lost(type: Type, values: Array, cast: Array) -> Mask:
@@ -284,7 +303,7 @@ def _to_float(type: Type, value: Any, what: str, row: int) -> float:
         return float(value)
     if isinstance(value, float | np.floating):
         result = float(value)
-        if type is Float32 and math.isfinite(result) and abs(result) > FLOAT32_MAX:
+        if type is Float32 and math.isfinite(result) and abs(result) >= FLOAT32_LIMIT:
             raise wrong(what, row, type, f"{value} (out of range)")
         return result
     raise wrong(what, row, type, _show(value))
@@ -292,9 +311,11 @@ def _to_float(type: Type, value: Any, what: str, row: int) -> float:
 
 def _to_timestamp(type: Type, value: Any, what: str, row: int) -> int:
     if isinstance(value, datetime):
+        if getattr(value, "nanosecond", 0):  # of a pandas Timestamp
+            raise wrong(what, row, type, f"{value} (no whole number of microseconds)")
         return to_us(value)
     if isinstance(value, np.datetime64):
-        return int(value.astype("M8[us]").astype(np.int64))
+        return int(_micros(np.array([value]), what, row)[0])
     return _to_int(type, value, what, row)
 
 
@@ -305,6 +326,9 @@ def _to_vector(type: Type, value: Any, what: str, row: int) -> list[float]:
         return [_to_float(Float32, v, what, row) for v in value]
     raise wrong(what, row, type, _show(value))
 
+
+_ONE_VALUE = (str, bytes, bytearray, memoryview, Mapping, set, frozenset)
+"""What can be iterated over and is still no list of values: one value, or values in no order."""
 
 _CONVERT = {1: _to_bool, 2: _to_int, 3: _to_int, 4: _to_float, 5: _to_float, 8: _to_timestamp, 9: _to_vector}
 
