@@ -211,13 +211,10 @@ def _from_array(type: Type, values: Array, what: str) -> Column:
         if kind not in ("UT" if type is String else "S"):
             raise wrong(what, None, type, f"an array of dtype {values.dtype}")
         return column(type, values.tolist(), what)
-    if type is Timestamp:
-        if kind == "M":
-            gone = np.isnat(values)
-            micros = _micros(values, what)
-            if gone.any():
-                return Column(type, np.where(gone, 0, micros), None, ~gone)
-            return Column(type, micros)
+    if type is Timestamp and kind == "M":
+        gone = np.isnat(values)
+        micros = _micros(values, what)
+        return Column(type, np.where(gone, 0, micros), None, ~gone) if gone.any() else Column(type, micros)
     allowed = {1: "b", 2: "iu", 3: "iu", 4: "fiu", 5: "fiu", 8: "iu"}[type.code]
     if kind not in allowed:
         raise wrong(what, None, type, f"an array of dtype {values.dtype}")
