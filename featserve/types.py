@@ -252,7 +252,7 @@ def lost(type: Type, values: Array, cast: Array) -> Mask:
     if values.dtype.kind == "f":
         return np.asarray(np.isinf(cast) & ~np.isinf(values))
     if type.floating:
-        bound = 2**24 if type is Float32 else 2**53
+        bound = 2**24 if cast.dtype == np.float32 else 2**53
         return np.asarray((values > bound) | (values < -bound) if values.dtype.kind == "i" else values > bound)
     low, high = np.iinfo(cast.dtype).min, np.iinfo(cast.dtype).max
     if values.dtype.kind == "u":
