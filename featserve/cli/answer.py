@@ -6,24 +6,28 @@ Comes in: a matrix and the keys that it was asked for. An event time is shown be
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from featserve.cli.show import SECOND_US, STDOUT, age, counted, instant, show, show_json, table
 from featserve.matrix import FeatureMatrix, Status
-from featserve.types import NEVER_US, Float32, from_us, to_us
+from featserve.types import NEVER_US, Float32, Float64, Int32, Int64, from_us, to_us
 
+NUMBERS = (Int32, Int64, Float32, Float64)
 MAX_SHOWN = 40
 STYLES = {Status.NULL: "yellow", Status.EXPIRED: "magenta", Status.NOT_FOUND: "red"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Answer:
     """A matrix with its event times, the keys of its rows, and the instant that they were asked for."""
 
@@ -37,7 +41,7 @@ class Answer:
         rows = counted(len(self.matrix), "row")
         show(Text.assemble((schema.reference, "bold"), f": {rows} at {instant(self.now_us)} UTC"), "")
         wide = self._wide() if len(self.matrix) > 1 else None
-        if wide is not None and STDOUT.measure(wide).maximum <= STDOUT.width:
+        if wide is not None and needs(wide) <= STDOUT.width:
             show(wide)
             return
         for row in range(len(self.matrix)):
@@ -46,9 +50,9 @@ class Answer:
 
     def show_json(self) -> None:
         """Print one JSON object a row."""
-        schema, times = self.matrix.schema, self._times()
+        schema, times = self.matrix.schema, self._times
         names = [f.name for f in schema.features]
-        columns, status = self._values(), self.matrix.status.tolist()
+        columns, status = self._values, self._status
         for row in range(len(self.matrix)):
             views = {}
             for i, (view, us) in enumerate(zip(schema.views, times[row], strict=True)):
@@ -61,43 +65,44 @@ class Answer:
                 {
                     "keys": {name: as_json(values[row]) for name, values in self.keys.items()},
                     "values": {name: as_json(column[row]) for name, column in zip(names, columns, strict=True)},
-                    "statuses": {name: Status(s).name for name, s in zip(names, status[row], strict=True)},
+                    "statuses": {name: s.name for name, s in zip(names, status[row], strict=True)},
                     "views": views,
                 }
             )
 
     def _wide(self) -> Table:
         """Return a table with a row for each entity, the ages of its views last."""
-        schema, times, status = self.matrix.schema, self._times(), self.matrix.status.tolist()
+        schema, times, status = self.matrix.schema, self._times, self._status
         features = [f.name.replace(".", "\n", 1) for f in schema.features]
         ages = [f"{view.name}\nage" for view in schema.views]
-        numbers = {name for name, f in zip(features, schema.features, strict=True) if not f.type.variable}
+        numbers = {name for name, f in zip(features, schema.features, strict=True) if f.type in NUMBERS}
         made = table(*self.keys, *features, *ages, right={*numbers, *ages})
-        columns = self._values()
+        columns = self._values
         for row in range(len(self.matrix)):
             cells = [Text(plain(values[row])) for values in self.keys.values()]
-            cells += [cell(column[row], Status(s)) for column, s in zip(columns, status[row], strict=True)]
+            cells += [cell(column[row], s) for column, s in zip(columns, status[row], strict=True)]
             cells += [Text("" if us is None else age(self.now_us - us)) for us in times[row]]
             made.add_row(*cells)
         return made
 
     def _block(self, row: int) -> Table:
         """Return a table of one entity, with a row for each feature."""
-        schema, times, status = self.matrix.schema, self._times()[row], self.matrix.status[row].tolist()
+        schema, times, status = self.matrix.schema, self._times[row], self._status[row]
         made = table("feature", "value", "status", "event time (UTC)", "age", right=["age"])
         shown: set[int | None] = set()
-        for f, column, s in zip(schema.features, self._values(), status, strict=True):
+        for f, column, s in zip(schema.features, self._values, status, strict=True):
             us = None if f.view is None or f.view in shown else times[f.view]
             shown.add(f.view)
             made.add_row(
                 Text(f.name),
                 Text("null", "dim") if column[row] is None else Text(plain(column[row])),
-                Text(Status(s).name, STYLES.get(Status(s), "")),
+                Text(s.name, STYLES.get(s, "")),
                 instant(us),
                 "" if us is None else age(self.now_us - us),
             )
         return made
 
+    @cached_property
     def _values(self) -> list[Sequence[Any]]:
         """Return the values of each feature: its default, else None, where it is null."""
         found: list[Sequence[Any]] = []
@@ -106,10 +111,21 @@ class Answer:
             found.append([shortest(v) for v in values] if single else values)
         return found
 
+    @cached_property
     def _times(self) -> list[list[int | None]]:
         """Return each row's event time in each view, None where there is no row."""
         assert self.matrix.event_times is not None
         return [[None if us == NEVER_US else us for us in row] for row in self.matrix.event_times.tolist()]
+
+    @cached_property
+    def _status(self) -> list[list[Status]]:
+        """Return the status of each row's features."""
+        return [[Status(s) for s in row] for row in self.matrix.status.tolist()]
+
+
+def needs(made: Table) -> int:
+    """Return the width that a table needs to be printed without folding."""
+    return Measurement.get(STDOUT, STDOUT.options.update(width=sys.maxsize), made).maximum
 
 
 def shortest(value: Any) -> Any:
@@ -133,9 +149,8 @@ def plain(value: Any) -> str:
         return instant(to_us(value))
     if isinstance(value, list):
         text = f"[{', '.join(str(v) for v in value[:4])}{', ...' if len(value) > 4 else ''}]"
-    elif isinstance(value, bytes):
-        text = "0x" + value.hex()
     else:
+        value = as_json(value)
         text = str(value).lower() if isinstance(value, bool) else str(value)
     if text.strip() != text or not text.isprintable() or not text:
         text = ascii(text)

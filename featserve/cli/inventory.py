@@ -16,7 +16,7 @@ from rich.text import Text
 
 from featserve.catalog import KINDS, Definition, Snapshot, parse_reference
 from featserve.cli.answer import plain
-from featserve.cli.show import age, columns_of, facts, instant, show, show_json, table, ttl
+from featserve.cli.show import age, columns_of, counted, facts, instant, show, show_json, table, ttl
 from featserve.definitions import (
     Entity,
     FeatureService,
@@ -149,7 +149,7 @@ def definition_json(definition: Described) -> dict[str, Any]:
 def _show_schema(schema: ServiceSchema) -> None:
     """Print the schema of a service."""
     show(Text.assemble("Feature service ", (schema.reference, "bold")))
-    typed = len(schema.column_features)
+    typed = f", {counted(len(schema.column_features), 'typed column')}" if schema.column_features else ""
     show(
         facts(
             [
@@ -158,7 +158,7 @@ def _show_schema(schema: ServiceSchema) -> None:
                 ("hash", schema.hash),
                 ("keys", columns_of(schema.keys.items())),
                 ("request columns", columns_of(schema.request_columns.items())),
-                ("answer", f"tensor of {schema.width} {schema.dtype}" + (f", {typed} typed columns" if typed else "")),
+                ("answer", f"tensor of {schema.width} {schema.dtype}{typed}"),
             ]
         ),
         "",

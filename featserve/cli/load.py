@@ -15,7 +15,7 @@ from datetime import datetime
 from types import FrameType
 
 import numpy as np
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from featserve.batch import Arrival, EventBatch
@@ -137,8 +137,10 @@ def _load_all(views: list[FeatureView], load_view: LoadView, *, remote: bool) ->
                 check()
                 started = time.monotonic()
                 try:
-                    loaded = load_view(view, _noted(progress, view, check))
+                    task = progress.add_task(view.id, total=1.0, rows=0)
+                    loaded = load_view(view, _noted(progress, task, check))
                     finished.append(Finished(view.id, loaded, time.monotonic() - started))
+                    progress.stop_task(task)
                 except SourceError as error:
                     refused.append(error)
     except Interrupted:
@@ -152,9 +154,8 @@ def _load_all(views: list[FeatureView], load_view: LoadView, *, remote: bool) ->
     return 1 if refused else 0
 
 
-def _noted(progress: Progress, view: FeatureView, check: Callable[[], None]) -> Note:
+def _noted(progress: Progress, task: TaskID, check: Callable[[], None]) -> Note:
     """Return what moves the bar of a view, and leaves its load once Ctrl-C was pressed."""
-    task = progress.add_task(view.id, total=1.0, rows=0)
 
     def note(rows: int, part: float) -> None:
         progress.update(task, completed=part, rows=rows)
@@ -211,12 +212,13 @@ def _tell_interrupted(view: FeatureView, finished: list[Finished], remote: bool)
 
 
 class _Rate(ProgressColumn):
-    """Rows read so far, and how many a second."""
+    """Rows read so far, how many a second, and whether they are all read and now being stored."""
 
     def render(self, task: Task) -> Text:
         rows = task.fields["rows"]
         rate = f", {rows / task.elapsed:,.0f} rows/s" if task.elapsed else ""
-        return Text(f"{rows:,} rows{rate}")
+        storing = ", storing" if task.finished and task.stop_time is None else ""
+        return Text(f"{rows:,} rows{rate}{storing}")
 
 
 def _progress() -> Progress:

@@ -153,7 +153,7 @@ NEXT = (
     ("featserve apply", "publish the definitions"),
     ("featserve materialize", "load the sample rows"),
     ("featserve get churn customer_id=1001,1002", "ask in this process"),
-    ("featserve serve", "or leave a server running, and from another terminal:"),
+    ("featserve serve", "serve; in another terminal:"),
     ("featserve get churn customer_id=1001,1002 --server 127.0.0.1:7070", ""),
 )
 """Commands that work in the starter project, in this order, each with what it does."""

@@ -76,6 +76,7 @@ class Verbs(click.Group):
             show_error(error)
             ctx.exit(1)
         except KeyboardInterrupt:
+            note("Interrupted.", "")
             ctx.exit(130)
 
 
@@ -142,7 +143,7 @@ def init(folder: Path) -> None:
     commands = [] if folder.resolve() == Path.cwd() else [(f"cd {shlex.quote(str(folder))}", "")]
     show("", "Try it:")
     for command, what in (*commands, *NEXT):
-        show(f"  {command:<42}  # {what}" if what else f"  {command}")
+        click.echo(f"  {command:<42}  # {what}" if what else f"  {command}")
 
 
 @main.command()
