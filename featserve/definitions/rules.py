@@ -35,6 +35,8 @@ def micros(what: str, duration: object, *, zero: bool = False) -> int:
     us = duration // timedelta(microseconds=1)
     if us < 0 or (us == 0 and not zero):
         raise DefinitionError(f"{what}: {duration} is not {'zero or ' if zero else ''}a positive duration")
+    if us >= 2**63:
+        raise DefinitionError(f"{what}: {duration} is longer than 2**63 microseconds; leave it out to mean for ever")
     return us
 
 
@@ -50,6 +52,13 @@ def unique(what: str, kind: str, names: Iterable[str]) -> None:
         if name in seen:
             raise DefinitionError(f"{what}: {kind} {name!r} stands twice")
         seen.add(name)
+
+
+def check_texts(what: str, **texts: object) -> None:
+    """Refuse an owner or a description that is no string."""
+    for role, text in texts.items():
+        if not isinstance(text, str):
+            raise DefinitionError(f"{what}: {role} {text!r} is not a string")
 
 
 def check_tags(what: str, tags: object) -> dict[str, str]:

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 
-from featserve.definitions.rules import Json, check_name, check_tags, check_version, content_hash, unique
+from featserve.definitions.rules import (
+    Json,
+    check_name,
+    check_tags,
+    check_texts,
+    check_version,
+    content_hash,
+    unique,
+)
 from featserve.definitions.transform import OnDemandTransform, Outputs, RequestColumn
 from featserve.definitions.view import FeatureView, Field, Selection
 from featserve.errors import DefinitionError
@@ -37,7 +45,9 @@ class FeatureService:
         check_version(what, self.version)
         if self.dtype not in (Float32, Float64):
             raise DefinitionError(f"{what}: dtype {self.dtype!r} is neither Float32 nor Float64")
-        chosen = _merged([_chosen(what, item) for item in self.features])
+        check_texts(what, owner=self.owner, description=self.description)
+        items = self.features if isinstance(self.features, Iterable) else ()
+        chosen = _merged([_chosen(what, item) for item in items])
         if not chosen:
             raise DefinitionError(f"{what}: features is a list of at least one view, transform or selection of one")
         object.__setattr__(self, "features", chosen)
@@ -46,7 +56,8 @@ class FeatureService:
         named: dict[str, FeatureView | OnDemandTransform] = {}
         sources: tuple[FeatureView | OnDemandTransform, ...] = (*self.views, *self.transforms)
         for source in sources:
-            if named.setdefault(source.name, source) != source:
+            # Canonical forms keep the order of an entity's key columns, which == of two mappings does not.
+            if named.setdefault(source.name, source).to_dict() != source.to_dict():
                 raise DefinitionError(
                     f"{what}: two definitions of {source.name!r}: {named[source.name].id} and {source.id}"
                 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Literal
@@ -45,8 +45,12 @@ class Source:
             raise DefinitionError(
                 f"{what}: delimiter {self.delimiter!r} is not one ASCII character, or is a quote or line end"
             )
+        if not isinstance(self.nulls, Collection) or not all(isinstance(null, str) for null in self.nulls):
+            raise DefinitionError(f"{what}: nulls {self.nulls!r} is not a list of strings")
+        if isinstance(self.nulls, str | Mapping):
+            raise DefinitionError(f"{what}: nulls {self.nulls!r} is not a list; write [{self.nulls!r}]")
         object.__setattr__(self, "columns", dict(self.columns))
-        object.__setattr__(self, "nulls", tuple(self.nulls))
+        object.__setattr__(self, "nulls", tuple(sorted(set(self.nulls))))
 
     def column(self, name: str) -> str:
         """Return the name that feature or key column ``name`` has in the files."""
@@ -101,4 +105,4 @@ def CsvSource(  # noqa: N802
 
     Times are ISO 8601; without an offset they mean UTC. ``nulls`` are the spellings of a missing value.
     """
-    return Source("csv", path, event_time, known_at, delay, columns or {}, delimiter, tuple(nulls))
+    return Source("csv", path, event_time, known_at, delay, columns or {}, delimiter, nulls)

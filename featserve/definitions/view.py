@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
-from featserve.definitions.rules import Json, check_name, check_tags, check_version, content_hash, micros, unique
+import numpy as np
+
+from featserve.definitions.rules import (
+    Json,
+    check_name,
+    check_tags,
+    check_texts,
+    check_version,
+    content_hash,
+    micros,
+    unique,
+)
 from featserve.definitions.source import Source
 from featserve.errors import DefinitionError, InvalidRequest, hint
-from featserve.types import Bytes, Type, column, parse_type, to_us
+from featserve.types import Bytes, Type, column, parse_type
 
 KEY_TYPES = ("bool", "int32", "int64", "string", "bytes", "timestamp")
 MAX_FEATURES = 4_096
@@ -42,6 +52,7 @@ class Entity:
                 raise DefinitionError(
                     f"{what}: key column {key!r} is {type_!r}; a key is one of {', '.join(KEY_TYPES)}"
                 )
+        check_texts(what, description=self.description)
         object.__setattr__(self, "keys", dict(self.keys))
 
     def to_dict(self) -> Json:
@@ -84,24 +95,25 @@ class Field:
         what = f"feature {self.name!r}"
         if not isinstance(self.type, Type):
             raise DefinitionError(f"{what}: {self.type!r} is not a type such as Int64, Float32, String or Vector(16)")
+        check_texts(what, description=self.description)
+        for role in ("not_null", "not_nan"):
+            if not isinstance(getattr(self, role), bool):
+                raise DefinitionError(f"{what}: {role} {getattr(self, role)!r} is neither True nor False")
         ordered = not self.type.variable and not self.type.vector and self.type.name != "bool"
         for role in ("min", "max"):
             if getattr(self, role) is not None:
                 if not ordered:
                     raise DefinitionError(f"{what}: {role} does not apply to {self.type}")
                 object.__setattr__(self, role, self._value(role, getattr(self, role)))
-                if isinstance(getattr(self, role), float) and math.isnan(getattr(self, role)):
-                    raise DefinitionError(f"{what}: {role} is NaN")
         if self.min is not None and self.max is not None and self.min > self.max:
             raise DefinitionError(f"{what}: min {self.min} is greater than max {self.max}")
         if self.allowed is not None:
-            if self.type.vector or isinstance(self.allowed, str | bytes) or not list(self.allowed):
-                raise DefinitionError(
-                    f"{what}: allowed is a list of at least one {self.type}"
-                    if not self.type.vector
-                    else f"{what}: allowed does not apply to {self.type}"
-                )
-            object.__setattr__(self, "allowed", tuple(self._value("allowed", v) for v in self.allowed))
+            if self.type.vector:
+                raise DefinitionError(f"{what}: allowed does not apply to {self.type}")
+            listed = isinstance(self.allowed, Collection) and not isinstance(self.allowed, str | bytes | Mapping)
+            if not listed or not self.allowed:
+                raise DefinitionError(f"{what}: allowed {self.allowed!r} is not a list of at least one {self.type}")
+            object.__setattr__(self, "allowed", tuple(sorted({self._value("allowed", v) for v in self.allowed})))
         if self.not_nan and not self.type.floating:
             raise DefinitionError(f"{what}: not_nan does not apply to {self.type}")
         if self.default is not None:
@@ -112,21 +124,22 @@ class Field:
                 raise DefinitionError(f"{what}: default {self.default!r} is outside of min and max")
 
     def _value(self, role: str, value: Any) -> Any:
-        """Return ``value`` as JSON can hold it exactly: datetimes in microseconds, bytes in latin-1."""
-        if value is None:
-            raise DefinitionError(f"feature {self.name!r}: {role} holds None")
-        if self.type is Bytes and isinstance(value, bytes):
-            return value.decode("latin-1")
+        """Return ``value`` in the one form that JSON holds exactly: instants in microseconds, bytes in latin-1.
+
+        A float32 is the shortest decimal that means it: 0.1, not 0.10000000149011612.
+        """
         try:
-            column(self.type, [value], role)
+            col = column(self.type, [value], role)
         except InvalidRequest as error:
-            if not (self.type is Bytes and isinstance(value, str)):  # the JSON form, read back
-                raise DefinitionError(f"feature {self.name!r}: {error}") from None
-        if isinstance(value, datetime):
-            return to_us(value)
-        if self.type.vector:
-            return [float(v) for v in value]
-        return value.item() if hasattr(value, "item") else value
+            raise DefinitionError(f"feature {self.name!r}: {error}") from None
+        if col.null_count or (self.type.floating and np.isnan(col.values).any()):
+            raise DefinitionError(f"feature {self.name!r}: {role} holds {value!r}, which is no value")
+        if self.type.variable:
+            return col.to_bytes_list()[0].decode("latin-1" if self.type is Bytes else "utf-8")
+        if col.values.dtype == np.float32:
+            shortest = [float(str(number)) for number in col.values.ravel()]
+            return shortest if self.type.vector else shortest[0]
+        return col.values[0].item()
 
     def value(self, stored: Any) -> Any:
         """Return a ``default`` or an ``allowed`` value as ``types.column`` takes it."""
@@ -149,7 +162,12 @@ class Field:
 
     @classmethod
     def from_dict(cls, d: Json) -> Field:
-        return cls(**(d | {"type": parse_type(d["type"])}))
+        rest = d | {"type": parse_type(d["type"])}
+        if rest["type"] is Bytes:
+            default, allowed = d["default"], d["allowed"]
+            rest["default"] = None if default is None else default.encode("latin-1")
+            rest["allowed"] = None if allowed is None else [value.encode("latin-1") for value in allowed]
+        return cls(**rest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +196,8 @@ class FeatureView:
         check_version(what, self.version)
         if not isinstance(self.entity, Entity):
             raise DefinitionError(f"{what}: entity {self.entity!r} is not an Entity")
-        features = tuple(self.features)
+        check_texts(what, owner=self.owner, description=self.description)
+        features = tuple(self.features) if isinstance(self.features, Iterable) else ()
         if not features or not all(isinstance(f, Field) for f in features):
             raise DefinitionError(f"{what}: features is a list of at least one Field")
         if len(features) > MAX_FEATURES:
@@ -203,10 +222,7 @@ class FeatureView:
 
     def __getitem__(self, names: str | tuple[str, ...]) -> Selection:
         """Choose some of the view's features for a service: ``view["a"]`` or ``view["a", "b"]``."""
-        chosen = (names,) if isinstance(names, str) else tuple(names)
-        for name in chosen:
-            self.feature(name)
-        return Selection(self, chosen)
+        return Selection(self, (names,) if isinstance(names, str) else names)
 
     def feature(self, name: str) -> Field:
         for f in self.features:
@@ -268,3 +284,11 @@ class Selection:
 
     view: FeatureView
     names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.names, tuple) or not self.names or not all(isinstance(n, str) for n in self.names):
+            raise DefinitionError(
+                f"feature view {self.view.name!r}: {self.names!r} names no features; choose them as in view['a', 'b']"
+            )
+        for name in self.names:
+            self.view.feature(name)
