@@ -1,0 +1,150 @@
+"""The distributed engine: the same SQL on Apache Spark, through PySpark.
+
+With no session given it starts one in local mode, in this process's Java; the files of a source must be where every
+executor of a given session finds them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import sqlglot
+from py4j.protocol import Py4JError
+from pyspark.errors import PySparkException
+from pyspark.sql import DataFrame, SparkSession, functions
+from pyspark.sql.pandas.types import from_arrow_schema
+from pyspark.storagelevel import StorageLevel
+
+from featserve.errors import DefinitionError, SourceError
+from featserve.offline.scan import Scan
+from featserve.offline.sql import find_rows, source_rows
+
+LOCAL = {
+    "spark.driver.bindAddress": "127.0.0.1",
+    "spark.driver.host": "127.0.0.1",
+    # The default of 200 is for clusters; here each would be a task of its own, however few rows there are.
+    "spark.sql.shuffle.partitions": "8",
+    "spark.ui.enabled": "false",
+    "spark.ui.showConsoleProgress": "false",
+}
+SESSION = {
+    "spark.sql.session.timeZone": "UTC",
+    "spark.sql.ansi.enabled": "true",
+    "spark.sql.caseSensitive": "false",
+    "spark.sql.execution.arrow.pyspark.enabled": "true",
+    # A time without a zone is UTC, and times before 1900 are what they say.
+    "spark.sql.parquet.inferTimestampNTZ.enabled": "false",
+    "spark.sql.parquet.datetimeRebaseModeInRead": "CORRECTED",
+}
+
+ROW = "_row"
+
+
+class SparkEngine:
+    """An OfflineEngine over Spark.
+
+    ``session``: the Spark session to work in, beside whatever else it does; None for one in local mode on all cores,
+    whose driver has ``memory_limit`` of Java heap.
+    """
+
+    def __init__(self, *, session: SparkSession | None = None, memory_limit: str | None = None) -> None:
+        self._owned = session is None
+        self._session = session or _local_session(memory_limit)
+
+    def find(self, labels: Any, scans: Sequence[Scan], folder: Path, progress: Callable[[str], None]) -> Iterator[Any]:
+        session = self._session.newSession()  # its own settings and names of tables
+        for name, value in SESSION.items():
+            session.conf.set(name, value)
+        last_us = int(labels.column("_time").to_numpy().max(initial=-(2**63)))
+        session.createDataFrame(labels).createOrReplaceTempView("labels")
+        for scan in scans:
+            try:
+                found = _find(session, scan, last_us, progress)
+            except (PySparkException, Py4JError) as error:
+                reason = str(error).partition("\n")[0]
+                raise SourceError(f"{scan.source}: Spark cannot read or join it: {reason}") from None
+            yield found
+
+    def map_batches(self, function: Callable[[Any], Any], table: Any, schema: Any) -> Any:
+        # Spark reads a dot in a name as a field of a struct: in there columns go by number.
+        names, numbers = table.column_names, [f"column{i}" for i in range(len(schema))]
+
+        def each(batches: Iterator[Any]) -> Iterator[Any]:
+            for batch in batches:
+                answer = function(batch.select(range(len(names))).rename_columns(names))
+                yield answer.append_column(ROW, batch.column(len(names))).rename_columns([*numbers, ROW])
+
+        session = self._session.newSession()
+        for name, value in SESSION.items():
+            session.conf.set(name, value)
+        given = table.append_column(ROW, pa.array(np.arange(len(table))))
+        given = given.rename_columns([f"column{i}" for i in range(len(given.column_names))])
+        types = pa.schema([*zip(numbers, schema.types, strict=True), (ROW, pa.int64())])
+        answer = session.createDataFrame(given).mapInArrow(each, from_arrow_schema(types)).toArrow().sort_by(ROW)
+        return answer.select(numbers).rename_columns(schema.names).cast(schema)
+
+    def close(self) -> None:
+        if self._owned:
+            self._session.stop()
+
+
+def _local_session(memory_limit: str | None) -> SparkSession:
+    # Transforms run in Python processes of the executors: let those be this Python, with the same packages.
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    builder = SparkSession.builder.master("local[*]").appName("featserve")
+    for name, value in LOCAL.items():
+        builder = builder.config(name, value)
+    if memory_limit is not None:
+        builder = builder.config("spark.driver.memory", memory_limit)
+    try:
+        session = builder.getOrCreate()
+    except PySparkException as error:
+        raise DefinitionError(
+            f"offline engine 'spark': Spark does not start; it needs Java 17 or newer: {error}"
+        ) from None
+    session.sparkContext.setLogLevel("ERROR")
+    return session
+
+
+def _find(session: SparkSession, scan: Scan, last_us: int, progress: Callable[[str], None]) -> Any:
+    _files(session, scan).createOrReplaceTempView("source_files")
+    rows = session.sql(_spark_sql(source_rows(scan, "source_files", "unix_micros")))
+    rows.createOrReplaceTempView("source_rows")
+    tables, answer = find_rows(scan, last_us)
+    held = []
+    for table, query in tables.items():
+        progress(f"{scan.view}: {table}")
+        frame = session.sql(_spark_sql(query))
+        frame.createOrReplaceTempView(table)
+        held.append(frame)
+    progress(f"{scan.view}: features")
+    found = session.sql(_spark_sql(answer)).toArrow()
+    for frame in held:
+        frame.unpersist()
+    return found
+
+
+def _spark_sql(query: str) -> str:
+    return str(sqlglot.transpile(query, read="duckdb", write="spark", identify=True)[0])
+
+
+def _files(session: SparkSession, scan: Scan) -> DataFrame:
+    """Return the columns of the files that are read, with ``_file`` and ``_position``."""
+    names = dict.fromkeys([*scan.columns.values(), scan.event_time, scan.known_at or scan.event_time])
+    # One frame a file: of a frame over several, a row tells the path of its file, in some encoding, and not its number.
+    frames = [
+        session.read.parquet(str(file)).select(
+            *("`" + name.replace("`", "``") + "`" for name in names),
+            functions.lit(number).alias("_file"),
+            functions.col("_metadata.row_index").alias("_position"),
+        )
+        for number, file in enumerate(scan.files)
+    ]
+    return reduce(DataFrame.unionAll, frames)

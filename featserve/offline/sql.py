@@ -1,0 +1,125 @@
+"""The temporal join as SQL, written once: DuckDB's dialect, within what sqlglot turns into any other.
+
+Comes in: a ``Scan``. Goes out: queries, each of which but the last fills a table. They read two tables:
+
+    labels       _row, _time, keys                                  one row per label
+    source_rows  _event_time, _known_at, _sequence, keys, features  one row per row of the source; sequence is unique
+
+Times are int64 microseconds, so nothing here depends on an engine's idea of a timestamp; nothing is added to one but
+a delay that the scan has room for, so nothing overflows. No key or feature has a name that starts with an underscore.
+
+A row can be seen from the later of its event time and its known-at on: there it is *available*. What a label at T sees
+is the greatest (event time, known-at, sequence) among the rows available by T, and a ttl only tells whether that one
+row is too old. Joining on the event time alone would find rows that were not known yet.
+
+1. ``entities`` of the labels: rows of others are dropped before anything is sorted.
+2. ``latest``: the greatest event time that each label sees: a running maximum over rows and labels together, in the
+   order of availability. A frame of RANGE takes in whatever has the same time, so rows at exactly T count. This is the
+   only sort of the source, and it carries no feature.
+3. ``candidates``: the rows with these event times, nearly always one for each. Here the features are read.
+4. ``chosen``: where several rows of one entity have the same event time, in the order of availability they are in the
+   order of known-at too, so what a label sees is the last one before it.
+5. The answer: the features of the chosen rows.
+
+Each step is linear in its rows but for a sort: neither an entity with all rows nor a million rows with one event time
+makes pairs of rows and labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from featserve.offline.scan import Scan
+from featserve.types import Bool, Bytes, Float32, Float64, Int32, Int64, String, Timestamp, Type
+
+MAX_FILE_ROWS = 2**40
+SQL_TYPES = {
+    Bool: "BOOLEAN",
+    Int32: "INTEGER",
+    Int64: "BIGINT",
+    Float32: "FLOAT",
+    Float64: "DOUBLE",
+    String: "VARCHAR",
+    Bytes: "BLOB",
+}
+
+
+def source_rows(scan: Scan, files: str, microseconds: str) -> str:
+    """Return the query of the table ``source_rows``.
+
+    ``files``: what holds the columns of the files, and for each row ``_file`` and ``_position``: the number of its file
+    and the row's in it. ``microseconds``: the engine's function from a timestamp to microseconds since 1970.
+    """
+
+    def value(column: str, type: Type) -> str:
+        if type.vector:
+            return _quoted(column)
+        if type is Timestamp:
+            return _quoted(column) if scan.int64_times else f"{microseconds}({_quoted(column)})"
+        return f"CAST({_quoted(column)} AS {SQL_TYPES[type]})"
+
+    event_time = value(scan.event_time, Timestamp)
+    known_at = f"{event_time} + {scan.delay_us}" if scan.known_at is None else value(scan.known_at, Timestamp)
+    columns = ", ".join(f"{value(scan.columns[name], type)} AS {_quoted(name)}" for name, type in scan.types.items())
+    return f"""
+        SELECT {event_time} AS _event_time, {known_at} AS _known_at,
+            CAST(_file AS BIGINT) * {MAX_FILE_ROWS} + _position AS _sequence, {columns}
+        FROM {files}"""
+
+
+def find_rows(scan: Scan, last_us: int) -> tuple[dict[str, str], str]:
+    """Return the query that finds what each label sees, and before it the tables that it needs, with their queries.
+
+    ``last_us``: no label is later. The answer has ``_row``, ``_event_time`` and the features, one row for each label
+    that sees any.
+    """
+    keys = list(scan.keys)
+    entity = _list(keys)
+    given = " AND ".join(f"{_quoted(key)} IS NOT NULL" for key in keys)
+
+    entities = f"SELECT DISTINCT {entity} FROM labels WHERE {given}"
+
+    def known_to(table: str, *more: str) -> str:
+        same = " AND ".join(f"t.{_quoted(name)} = r.{_quoted(name)}" for name in (*keys, *more))
+        return f"EXISTS (SELECT 1 FROM {table} AS t WHERE {same})"
+
+    latest = f"""
+        SELECT _row, {entity}, _time, _event_time FROM (
+            SELECT _row, {entity}, _time, MAX(_event_time) OVER (PARTITION BY {entity} ORDER BY _time
+                RANGE BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW) AS _event_time
+            FROM (
+                SELECT CAST(NULL AS BIGINT) AS _row, {entity}, GREATEST(_event_time, _known_at) AS _time, _event_time
+                FROM source_rows AS r
+                WHERE GREATEST(_event_time, _known_at) <= CAST('{last_us}' AS BIGINT) AND {known_to("entities")}
+                UNION ALL
+                SELECT _row, {entity}, _time, CAST(NULL AS BIGINT) AS _event_time FROM labels WHERE {given}
+            ) AS u
+        ) AS w WHERE _row IS NOT NULL AND _event_time IS NOT NULL"""
+    candidates = f"SELECT * FROM source_rows AS r WHERE {known_to('latest', '_event_time')}"
+    chosen = f"""
+        SELECT _row, _sequence FROM (
+            SELECT _row, LAST_VALUE(_sequence IGNORE NULLS) OVER (PARTITION BY {entity}, _event_time
+                ORDER BY _time, _row NULLS FIRST, _known_at, _sequence
+                ROWS BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW) AS _sequence
+            FROM (
+                SELECT CAST(NULL AS BIGINT) AS _row, {entity}, _event_time, GREATEST(_event_time, _known_at) AS _time,
+                    _known_at, _sequence
+                FROM candidates
+                UNION ALL
+                SELECT _row, {entity}, _event_time, _time, CAST(NULL AS BIGINT) AS _known_at,
+                    CAST(NULL AS BIGINT) AS _sequence
+                FROM latest
+            ) AS u
+        ) AS w WHERE _row IS NOT NULL"""
+    found = f"""
+        SELECT a._row, c._event_time, {_list(scan.features, "c.")}
+        FROM chosen AS a JOIN candidates AS c ON a._sequence = c._sequence"""
+    return {"entities": entities, "latest": latest, "candidates": candidates, "chosen": chosen}, found
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _list(names: Iterable[str], prefix: str = "") -> str:
+    return ", ".join(prefix + _quoted(name) for name in names)
