@@ -56,8 +56,7 @@ class FeatureService:
         named: dict[str, FeatureView | OnDemandTransform] = {}
         sources: tuple[FeatureView | OnDemandTransform, ...] = (*self.views, *self.transforms)
         for source in sources:
-            # Canonical forms keep the order of an entity's key columns, which == of two mappings does not.
-            if named.setdefault(source.name, source).to_dict() != source.to_dict():
+            if named.setdefault(source.name, source) != source:
                 raise DefinitionError(
                     f"{what}: two definitions of {source.name!r}: {named[source.name].id} and {source.id}"
                 )

@@ -55,6 +55,10 @@ class Entity:
         check_texts(what, description=self.description)
         object.__setattr__(self, "keys", dict(self.keys))
 
+    def __eq__(self, other: object) -> bool:
+        # The order of the key columns is part of an entity, and == of two mappings does not look at it.
+        return isinstance(other, Entity) and self.to_dict() == other.to_dict()
+
     def to_dict(self) -> Json:
         return self.meaning() | {"description": self.description}
 
