@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 
 from featserve.definitions.rules import (
@@ -54,8 +54,7 @@ class FeatureService:
         object.__setattr__(self, "tags", check_tags(what, self.tags))
         unique(what, "feature", [name for name, _, _ in self.fields])
         named: dict[str, FeatureView | OnDemandTransform] = {}
-        sources: tuple[FeatureView | OnDemandTransform, ...] = (*self.views, *self.transforms)
-        for source in sources:
+        for source in _sources(chosen):
             if named.setdefault(source.name, source) != source:
                 raise DefinitionError(
                     f"{what}: two definitions of {source.name!r}: {named[source.name].id} and {source.id}"
@@ -181,6 +180,16 @@ def _chosen(what: str, item: object) -> Selection | Outputs:
     if isinstance(item, Selection | Outputs):
         return item
     raise DefinitionError(f"{what}: {item!r} is neither a feature view nor a transform, nor features chosen from one")
+
+
+def _sources(items: Iterable[object]) -> Iterator[FeatureView | OnDemandTransform]:
+    """Yield the view or transform of each item, and those of a transform's inputs, as often as they stand there."""
+    for item in items:
+        if isinstance(item, Selection):
+            yield item.view
+        elif isinstance(item, Outputs):
+            yield item.transform
+            yield from _sources(item.transform.inputs.values())
 
 
 def _merged(items: Iterable[Selection | Outputs]) -> tuple[Selection | Outputs, ...]:

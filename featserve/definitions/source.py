@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Literal
@@ -23,7 +23,7 @@ class Source:
     delay: timedelta = timedelta(0)
     columns: Mapping[str, str] = field(default_factory=dict)
     delimiter: str = ","
-    nulls: Sequence[str] = ("", "NA", "null")
+    nulls: Collection[str] = ("", "NA", "null")
 
     def __post_init__(self) -> None:
         what = f"{self.format} source {self.path!r}"
@@ -99,7 +99,7 @@ def CsvSource(  # noqa: N802
     delay: timedelta = timedelta(0),
     columns: Mapping[str, str] | None = None,
     delimiter: str = ",",
-    nulls: Sequence[str] = ("", "NA", "null"),
+    nulls: Collection[str] = ("", "NA", "null"),
 ) -> Source:
     """Declare CSV files (plain or gzip, with a header line, UTF-8) as a source; see ``ParquetSource``.
 

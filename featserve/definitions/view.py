@@ -90,7 +90,7 @@ class Field:
     default: Any = None
     min: Any = None
     max: Any = None
-    allowed: Sequence[Any] | None = None
+    allowed: Collection[Any] | None = None
     not_null: bool = False
     not_nan: bool = False
 
