@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from featserve.cli import training
 from featserve.cli.verbs import main
 
-__all__ = ["main"]
+__all__ = ["main", "training"]

@@ -19,7 +19,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from featserve.errors import InvalidRequest, hint, invalid
-from featserve.frames import mapping
 from featserve.types import Bool, Bytes, Int32, Int64, String, Timestamp, Type
 
 Columns = dict[str, list[Any]]
@@ -107,7 +106,8 @@ def read_file(path: Path, expected: Mapping[str, Type]) -> Columns:
     try:
         if path.suffix == ".parquet":
             names = [name for name in pq.read_schema(path).names if name in expected]
-            return {name: list(values) for name, values in mapping(pq.read_table(path, columns=names), names).items()}
+            columns: Columns = pq.read_table(path, columns=names).to_pydict()
+            return columns
         if path.suffix == ".csv":
             with path.open(encoding="utf-8-sig", newline="") as file:
                 rows: list[dict[str, Any]] = list(csv.DictReader(file, strict=True))
