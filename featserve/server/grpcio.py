@@ -1,30 +1,34 @@
 """The service on grpcio: grpc.aio, one event loop, raw bytes in and out.
 
-A thin adapter: it hands over metadata and deadline, runs writes in one writer thread, and turns errors into statuses.
+A thin adapter: it counts calls, hands over metadata and deadline, runs writes in one writer thread, and turns errors
+into statuses.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from featserve._proto import serving_pb2 as pb
 from featserve.config import ServerConfig
-from featserve.errors import FeatserveError, ServingError, StoreError
+from featserve.errors import DeadlineExceeded, FeatserveError, Overloaded, ServingError, StoreError, invalid
 from featserve.server.service import READS, WRITES, Call, Service
 from featserve.server.status import DETAILS_KEY, encode_error
 
 log = logging.getLogger("featserve.server")
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["FeatureServingService"].full_name
+HEALTH_NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 Context = grpc.aio.ServicerContext[bytes, bytes]
 
 Answer = TypeVar("Answer")
@@ -38,19 +42,26 @@ class GrpcioServer:
     def __init__(self, service: Service, config: ServerConfig) -> None:
         self._service = service
         self._default_deadline_s = config.default_deadline_ms / 1_000
+        self._calls, self._most_calls = 0, config.max_concurrent
         self._writer = ThreadPoolExecutor(1, "featserve-writer")
         size = config.max_message_mb << 20
+        # Calls that gRPC holds until the event loop takes them on. Over this it ends them itself, as CANCELLED: cheaper
+        # than any refusal from here, which would take the time of those that can be served.
+        backlog = max(config.max_concurrent, 256)
         self._server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", size),
                 ("grpc.max_send_message_length", size),
                 ("grpc.so_reuseport", 0),
+                ("grpc.server.max_pending_requests", backlog),
+                ("grpc.server.max_pending_requests_hard_limit", backlog),
             ],
-            maximum_concurrent_rpcs=config.max_concurrent,
+            # Bounds what ``_counted`` does not: health, reflection, and calls that are being refused.
+            maximum_concurrent_rpcs=2 * config.max_concurrent,
         )
-        self._health = health.aio.HealthServicer()
+        self._health = Health(("", SERVICE_NAME))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        reflection.enable_server_reflection((SERVICE_NAME, HEALTH_NAME, reflection.SERVICE_NAME), self._server)
         self._server.add_generic_rpc_handlers((self._handlers(),))
 
     async def start(self, host: str, port: int) -> int:
@@ -58,73 +69,121 @@ class GrpcioServer:
         try:
             bound = self._server.add_insecure_port(f"{host}:{port}")
         except RuntimeError as error:
-            raise ServingError(
-                f"cannot listen on {host}:{port}: another process does, or the address is not this machine's; choose "
-                "another [server] host and port, or `featserve serve --port`"
-            ) from error
+            raise ServingError(f"cannot listen on {host}:{port}: {error}. Choose another [server] port") from None
         await self._server.start()
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         return bound
 
     async def drain(self, seconds: float) -> None:
         """Say NOT_SERVING, take no new calls, let those in flight finish for up to ``seconds``, then end them."""
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._health.stopping.set()
         await self._server.stop(seconds)
         self._writer.shutdown()
 
-    async def _set_health(self, status: Any) -> None:
-        for name in ("", SERVICE_NAME):
-            await self._health.set(name, status)
-
     def _handlers(self) -> grpc.GenericRpcHandler:
+        # To the adapter every request is a stream, so that a call counts before its message is read.
         handlers: dict[str, Any] = {
-            name: grpc.unary_unary_rpc_method_handler(partial(self._read, partial(method, self._service)))
-            for name, method in READS.items()
+            name: grpc.stream_unary_rpc_method_handler(self._counted(partial(self._unary, run, method)))
+            for methods, run in ((READS, self._read), (WRITES, self._in_writer))
+            for name, method in methods.items()
         }
-        handlers |= {
-            name: grpc.unary_unary_rpc_method_handler(partial(self._write, partial(method, self._service)))
-            for name, method in WRITES.items()
-        }
-        handlers["StreamFeatures"] = grpc.stream_stream_rpc_method_handler(self._stream_features)
-        handlers["StreamRows"] = grpc.stream_unary_rpc_method_handler(self._stream_rows)
+        handlers["StreamFeatures"] = grpc.stream_stream_rpc_method_handler(self._counted(self._stream_features))
+        handlers["StreamRows"] = grpc.stream_unary_rpc_method_handler(self._counted(self._stream_rows))
         return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
+
+    def _counted(
+        self, handle: Callable[[Context], Awaitable[Answer]]
+    ) -> Callable[[object, Context], Awaitable[Answer]]:
+        """Return the handler of a method: ``handle``, unless too many calls are under way; errors as statuses."""
+
+        async def counted(requests: object, context: Context) -> Answer:
+            if self._calls >= self._most_calls:
+                most = f"{self._most_calls:,} calls are under way, the most here ([server] max_concurrent)"
+                await abort(context, Overloaded(f"{most}; try again later"))
+            self._calls += 1
+            try:
+                return await handle(context)
+            except Exception as error:  # noqa: BLE001 - the top of a request
+                await abort(context, error)
+            finally:
+                self._calls -= 1
+
+        return counted
+
+    async def _unary(self, run: Any, method: Callable[[Service, bytes, Call], bytes], context: Context) -> bytes:
+        call = self._call(context)
+        # A deadline that the caller set ends the call by itself.
+        try:
+            async with asyncio.timeout(self._default_deadline_s if context.time_remaining() is None else None):
+                data = await message(context)
+                if data is None:
+                    raise invalid("request", "the call ended without one")
+                answer: bytes = await run(partial(method, self._service), data, call)
+                return answer
+        except TimeoutError:
+            raise DeadlineExceeded(f"the default deadline, {self._default_deadline_s:g} s, passed") from None
+
+    async def _read(self, method: Callable[[bytes, Call], bytes], data: bytes, call: Call) -> bytes:
+        return method(data, call)
+
+    async def _in_writer(self, method: Callable[[bytes, Call], Answer], data: bytes, call: Call) -> Answer:
+        """Run ``method`` in the writer thread when its turn comes, with what is then left of the deadline."""
+        asked = time.monotonic()
+
+        def turn() -> Answer:
+            assert call.remaining_s is not None
+            return method(data, replace(call, remaining_s=call.remaining_s - (time.monotonic() - asked)))
+
+        # A call that is cancelled before its turn is not run.
+        return await asyncio.get_running_loop().run_in_executor(self._writer, turn)
+
+    async def _stream_features(self, context: Context) -> None:
+        while (data := await message(context)) is not None:
+            await context.write(self._service.stream_features(data, self._call(context)))
+
+    async def _stream_rows(self, context: Context) -> bytes:
+        stream = self._service.stream_rows()
+        while (data := await message(context)) is not None:
+            await self._in_writer(stream.add, data, self._call(context))
+        return stream.finish()
 
     def _call(self, context: Context) -> Call:
         remaining = context.time_remaining()
         return Call(context.invocation_metadata() or (), self._default_deadline_s if remaining is None else remaining)
 
-    async def _read(self, method: Callable[[bytes, Call], bytes], data: bytes, context: Context) -> bytes:
-        try:
-            return method(data, self._call(context))
-        except Exception as error:  # noqa: BLE001 - the top of a request
-            await abort(context, error)
 
-    async def _write(self, method: Callable[[bytes, Call], bytes], data: bytes, context: Context) -> bytes:
-        try:
-            return await self._in_writer(method, data, context)
-        except Exception as error:  # noqa: BLE001 - the top of a request
-            await abort(context, error)
+class Health(health_pb2_grpc.HealthServicer):
+    """Standard health checking of the services ``names``: SERVING until ``stopping``, which ends every watch, too.
 
-    async def _in_writer(self, method: Callable[[bytes, Call], Answer], data: bytes, context: Context) -> Answer:
-        """Run ``method`` in the writer thread; the deadline is read there, after the wait for its turn."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._writer, lambda: method(data, self._call(context)))
+    A watch that went on would hold up the drain to its limit.
+    """
 
-    async def _stream_features(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
-        async for data in requests:
-            try:
-                yield self._service.stream_features(data, self._call(context))
-            except Exception as error:  # noqa: BLE001 - the top of a request
-                await abort(context, error)
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.stopping = asyncio.Event()
+        self._names = names
 
-    async def _stream_rows(self, requests: AsyncIterator[bytes], context: Context) -> bytes:
-        stream = self._service.stream_rows()
-        try:
-            async for data in requests:
-                await self._in_writer(stream.add, data, context)
-        except Exception as error:  # noqa: BLE001 - the top of a request
-            await abort(context, error)
-        return stream.finish()
+    async def Check(self, request: Any, context: Any) -> health_pb2.HealthCheckResponse:  # noqa: N802 - the protocol's
+        """Answer with the status, NOT_FOUND for an unknown service."""
+        if request.service not in self._names:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no service {request.service!r}")
+        return self._status(request.service)
+
+    async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802
+        """Send the status now and when it changes."""
+        await context.write(self._status(request.service))
+        await self.stopping.wait()
+        await context.write(self._status(request.service))
+
+    def _status(self, name: str) -> health_pb2.HealthCheckResponse:
+        statuses = health_pb2.HealthCheckResponse
+        if name not in self._names:
+            return statuses(status=statuses.SERVICE_UNKNOWN)
+        return statuses(status=statuses.NOT_SERVING if self.stopping.is_set() else statuses.SERVING)
+
+
+async def message(context: Context) -> bytes | None:
+    """Return the next message of a call, None after the last."""
+    data: Any = await context.read()
+    return None if data is grpc.aio.EOF else data
 
 
 async def abort(context: Context, error: Exception) -> NoReturn:
