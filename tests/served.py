@@ -25,8 +25,15 @@ def transport(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def server(transport: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Run one server for all the tests that leave it as it was."""
-    project = Project.make(tmp_path_factory.mktemp("served"), **TRANSPORTS[transport])
-    with Server(project, transport) as server:
+    with Server(Project.make(tmp_path_factory.mktemp("served"), **TRANSPORTS[transport])) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def small(transport: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Run a server that takes eight calls at a time, and writes that are large enough to keep it busy."""
+    settings: dict[str, Any] = {"max_concurrent": 8, "max_rows": 100_000, "max_message_mb": 256}
+    with Server(Project.make(tmp_path_factory.mktemp("small"), **TRANSPORTS[transport] | settings)) as server:
         yield server
 
 
@@ -37,7 +44,7 @@ def start(transport: str, tmp_path: Path) -> Iterator[Callable[..., Server]]:
 
     def starter(**settings: Any) -> Server:
         project = Project.make(tmp_path / f"project-{len(started)}", **TRANSPORTS[transport] | settings)
-        started.append(Server(project, transport))
+        started.append(Server(project))
         return started[-1].ready()
 
     yield starter

@@ -116,8 +116,8 @@ class Project:
 class Server:
     """A server in a process of its own. ``stop`` it, ``kill`` it, or use it as a context manager, which kills it."""
 
-    def __init__(self, project: Project, transport: str = "grpcio") -> None:
-        self.project, self.transport = project, transport
+    def __init__(self, project: Project) -> None:
+        self.project = project
         self.log = project.folder / "server.log"
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(

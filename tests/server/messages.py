@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from google.rpc import error_details_pb2, status_pb2
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 
 from featserve._proto import serving_pb2 as pb
 
@@ -38,7 +38,7 @@ def instants(name: str, *values: int) -> pb.Column:
     return pb.Column(name=name, type=pb.DATA_TYPE_TIMESTAMP, data=struct.pack(f"<{len(values)}q", *values))
 
 
-def texts(name: str, *values: str | bytes, type: pb.DataType = pb.DATA_TYPE_STRING) -> pb.Column:
+def texts(name: str, *values: str | bytes, type: pb.DataType.ValueType = pb.DATA_TYPE_STRING) -> pb.Column:
     raw = [value.encode() if isinstance(value, str) else value for value in values]
     ends = np.cumsum([0, *map(len, raw)]).tolist()
     return pb.Column(name=name, type=type, data=b"".join(raw), offsets=struct.pack(f"<{len(ends)}I", *ends))
@@ -91,7 +91,7 @@ def weather(
 
 def activity(user: int, event_us: int, **changes: pb.Column | None) -> pb.WriteRowsRequest:
     """Write one row of activity, every column its own type; ``changes`` replaces columns, None leaves one out."""
-    columns: dict[str, pb.Column | None] = {
+    row: dict[str, pb.Column | None] = {
         "user_id": packed("user_id", "q", user),
         "clicks": packed("clicks", "q", 2**60 + 1),
         "rate": packed("rate", "d", 0.25),
@@ -102,8 +102,8 @@ def activity(user: int, event_us: int, **changes: pb.Column | None) -> pb.WriteR
         "plan": texts("plan", "gewerblich-ü"),
         "token": texts("token", b"\x00\xff", type=pb.DATA_TYPE_BYTES),
         "taste": vectors("taste", [1.0, 2.0, 3.0, 4.0]),
-    } | changes
-    given = [column for column in columns.values() if column is not None]
+    }
+    given = [column for column in (row | changes).values() if column is not None]
     return pb.WriteRowsRequest(view="activity", columns=given, event_times=struct.pack("<q", event_us))
 
 

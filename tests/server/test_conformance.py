@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 from google.protobuf.descriptor_pool import DescriptorPool
-from google.rpc import status_pb2
+from google.rpc import status_pb2  # type: ignore[import-untyped]
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
@@ -220,7 +222,7 @@ def test_stream_rows_says_how_far_it_came(stub: FeatureServingServiceStub) -> No
 def test_health_says_serving(server: Server) -> None:
     """The standard health service answers for the server as a whole and for the feature service; others are unknown."""
     with server.channel() as channel:
-        health = health_pb2_grpc.HealthStub(channel)
+        health: Any = health_pb2_grpc.HealthStub(channel)
         for name in ("", SERVICE):
             assert health.Check(health_pb2.HealthCheckRequest(service=name)).status == 1
         assert refusal(lambda: health.Check(health_pb2.HealthCheckRequest(service="x"))).code.name == "NOT_FOUND"
@@ -246,4 +248,5 @@ def test_unknown_methods_are_unimplemented(server: Server) -> None:
     """A method or service that does not exist is answered UNIMPLEMENTED."""
     with server.channel() as channel:
         for path in (f"/{SERVICE}/Nothing", "/other.Service/GetFeatures"):
-            assert refusal(lambda path=path: channel.unary_unary(path)(b"")).code is grpc.StatusCode.UNIMPLEMENTED
+            call: Any = channel.unary_unary(path)
+            assert refusal(partial(call, b"")).code is grpc.StatusCode.UNIMPLEMENTED

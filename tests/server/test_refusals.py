@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
@@ -14,7 +14,6 @@ from featserve._proto import serving_pb2 as pb
 from featserve._proto.serving_pb2_grpc import FeatureServingServiceStub
 from tests.server.messages import (
     HOUR_US,
-    Refusal,
     activity,
     instants,
     now_us,
@@ -293,7 +292,7 @@ def test_a_refused_write_writes_nothing(stub: FeatureServingServiceStub) -> None
 def test_garbage_for_a_message(server: Server, method: str, rng: np.random.Generator) -> None:
     """Bytes that are no message are refused as such; cut and flipped messages never fail in another way."""
     with server.channel() as channel:
-        call = channel.unary_unary(f"/featserve.v1.FeatureServingService/{method}")
+        call: Any = channel.unary_unary(f"/featserve.v1.FeatureServingService/{method}")
         error = refusal(lambda: call(b"\xff" * 100))
         assert (error.code, error.reason) == (INVALID, "INVALID_REQUEST")
         assert "100 bytes that are no " in error.message
@@ -309,16 +308,16 @@ def test_garbage_for_a_message(server: Server, method: str, rng: np.random.Gener
 def test_garbage_on_streams(server: Server) -> None:
     """Bytes that are no message are answered with their error on a stream of reads, and end a stream of writes."""
     with server.channel() as channel:
-        reads = channel.stream_stream("/featserve.v1.FeatureServingService/StreamFeatures")
+        reads: Any = channel.stream_stream("/featserve.v1.FeatureServingService/StreamFeatures")
         good = pb.StreamFeaturesRequest(request=wide(1)).SerializeToString()
         answers = [pb.StreamFeaturesResponse.FromString(a) for a in reads(iter([b"\xff", b"", good]))]
         assert [a.error.code for a in answers] == [3, 3, 0]
         assert answers[2].response.rows == 1
-        writes = channel.stream_unary("/featserve.v1.FeatureServingService/StreamRows")
+        writes: Any = channel.stream_unary("/featserve.v1.FeatureServingService/StreamRows")
         assert refusal(lambda: writes(iter([b"\xff"]))).metadata == {"messages_written": "0"}
 
 
-def long_texts(length: int) -> dict[str, Refusal | Any]:
+def long_texts(length: int) -> dict[str, Callable[[FeatureServingServiceStub], object]]:
     name = "ü" * length
     return {
         "service": lambda stub: stub.GetFeatures(get(name, USER)),
