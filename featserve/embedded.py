@@ -6,6 +6,8 @@ Comes in: a project's folder. Knows no transport.
 from __future__ import annotations
 
 import time as clock
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from os import PathLike
 from pathlib import Path
@@ -19,6 +21,7 @@ from featserve.config import Config, load_config
 from featserve.engine import Engine
 from featserve.errors import StoreError, invalid
 from featserve.frames import Frame, request_of, rows_of
+from featserve.leakage import LeakageReport, leakage
 from featserve.materialize import Loaded, Progress, load
 from featserve.matrix import FeatureMatrix
 from featserve.offline import Engine as EngineName
@@ -123,10 +126,9 @@ class Embedded:
         an open engine. Reads the batch sources, not the store.
         """
         definition = self.engine.plans.snapshot.service(service)
-        opened = open_engine(engine) if isinstance(engine, str) else engine
-        try:
+        with _opened(engine) as offline:
             return training_frame(
-                opened,
+                offline,
                 definition,
                 labels if not isinstance(labels, PathLike) else Path(labels),
                 time,
@@ -135,9 +137,33 @@ class Embedded:
                 statuses=statuses,
                 progress=progress,
             )
-        finally:
-            if isinstance(engine, str):
-                opened.close()
+
+    def leakage(
+        self,
+        service: str,
+        labels: Frame | str | PathLike[str],
+        *,
+        time: str,
+        label: str,
+        engine: OfflineEngine | EngineName = "duckdb",
+        progress: JoinProgress | None = None,
+    ) -> LeakageReport:
+        """Return what careless joins would make of a training set: which values change, how well they tell ``label``.
+
+        ``label``: the labels' column that is to be predicted; see ``leakage.leakage``. The rest is as in
+        ``training_frame``.
+        """
+        definition = self.engine.plans.snapshot.service(service)
+        with _opened(engine) as offline:
+            return leakage(
+                offline,
+                definition,
+                labels if not isinstance(labels, PathLike) else Path(labels),
+                time,
+                label,
+                root=self.config.folder,
+                progress=progress,
+            )
 
     def refresh(self) -> None:
         """Take what was applied since the project was opened."""
@@ -159,6 +185,17 @@ class Embedded:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+@contextmanager
+def _opened(engine: OfflineEngine | EngineName) -> Iterator[OfflineEngine]:
+    """Open an engine that is named, and close it at the end; leave one open that was."""
+    opened = open_engine(engine) if isinstance(engine, str) else engine
+    try:
+        yield opened
+    finally:
+        if isinstance(engine, str):
+            opened.close()
 
 
 def instant_us(as_of: datetime | None) -> int:

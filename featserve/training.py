@@ -8,7 +8,7 @@ Reads no clock.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -51,6 +51,9 @@ from featserve.types import NEVER_US, Column, Timestamp, Type, parse_type
 
 Int64s = npt.NDArray[np.int64]
 
+METADATA = "featserve"
+"""Where in a training frame's metadata it says what it was made of."""
+
 STATUS_NAMES = [status.name for status in Status]
 
 
@@ -79,24 +82,15 @@ def training_frame(
     ``labels``: a pyarrow Table, a pandas or polars DataFrame, or a Parquet or CSV file, with the service's key columns,
     its request columns, and the timestamp column ``time`` (naive means UTC). ``root``: the folder that source paths are
     relative to. ``event_times``: add ``<view>.event_time``, null where there is no row. ``statuses``: add
-    ``<feature>.status``. A row with a null key gets nulls, NOT_FOUND. Raises InvalidRequest for labels that do not fit,
-    SourceError for a source that does not, TransformError.
+    ``<feature>.status``. A row with a null key gets nulls, NOT_FOUND. The table's metadata says under METADATA, as
+    JSON, what it was made of: the service, its hash, and how many labels saw each view with each status. Raises
+    InvalidRequest for labels that do not fit, SourceError for a source that does not, TransformError.
     """
-    wanted = dict(service.keys) | service.request_columns
-    checked = check_labels(read_labels(labels, wanted, time), wanted, time)
+    checked = labels_of(service, labels, time)
     names = [name for name, _, _ in service.fields]
     if clash := sorted(set(names) & set(checked.table.column_names)):
         raise invalid(f"labels.{clash[0]}", f"the labels have a column of the name of feature {clash[0]!r}; rename it")
-    slots: Slots = {request_slot(name): checked.columns[name] for name in service.request_columns}
-    slots[REQUEST_TIME] = Column(Timestamp, checked.time_us)
-    views: dict[str, JoinedView] = {}
-    for joined in _joined(engine, service, checked, root, progress):
-        for name, values in joined.columns.items():
-            slot = f"{joined.view.name}.{name}"
-            f = joined.view.feature(name)
-            slots[slot] = with_default(f, column_from_arrow(f.type, values, slot))
-        views[joined.view.id] = JoinedView(joined.view, {}, joined.status, joined.event_time_us)
-    _transformed(engine, service, slots, len(checked.time_us))
+    slots, views = look_up(engine, service, checked, root=root, progress=progress)
     table = checked.table
     for name, f, _ in service.fields:
         table = table.append_column(name, column_to_arrow(served(f, slots[name], service.dtype)))
@@ -106,15 +100,39 @@ def training_frame(
     if statuses:
         for name, _, source in service.fields:
             table = table.append_column(f"{name}.status", _statuses(slots[name], views.get(source.id)))
-    return table
+    origin = {"service": service.id, "hash": service.hash, "views": {id_: _counts(v) for id_, v in views.items()}}
+    return table.replace_schema_metadata({**(table.schema.metadata or {}), METADATA: json.dumps(origin)})
 
 
-def _joined(
-    engine: OfflineEngine, service: FeatureService, labels: Labels, root: Path, progress: Progress | None
-) -> Iterator[JoinedView]:
+def look_up(
+    engine: OfflineEngine,
+    service: FeatureService,
+    labels: Labels,
+    *,
+    root: Path,
+    views: Iterable[FeatureView] | None = None,
+    as_of_us: Int64s | None = None,
+    progress: Progress | None = None,
+) -> tuple[Slots, dict[str, JoinedView]]:
+    """Return the columns of a service's features, by name, and what the labels see of each view, but for its columns.
+
+    ``views``: the service's own, or others of the same names, versions and features in their place. ``as_of_us``: int64
+    of shape (n,), the instants at which views are seen; the labels' own unless given, and those of transforms always.
+    """
+    slots: Slots = {request_slot(name): labels.columns[name] for name in service.request_columns}
+    slots[REQUEST_TIME] = Column(Timestamp, labels.time_us)
     keys = pa.table({name: column_to_arrow(labels.columns[name]) for name in service.keys})
-    selections = [Selection(view, service.reads(view)) for view in service.views]
-    return join(engine, keys, labels.time_us, selections, root=root, progress=progress)
+    selections = [Selection(view, service.reads(view)) for view in (service.views if views is None else views)]
+    at_us = labels.time_us if as_of_us is None else as_of_us
+    seen: dict[str, JoinedView] = {}
+    for joined in join(engine, keys, at_us, selections, root=root, progress=progress):
+        for name, values in joined.columns.items():
+            slot = f"{joined.view.name}.{name}"
+            f = joined.view.feature(name)
+            slots[slot] = with_default(f, column_from_arrow(f.type, values, slot))
+        seen[joined.view.id] = JoinedView(joined.view, {}, joined.status, joined.event_time_us)
+    _transformed(engine, service, slots, len(labels.time_us))
+    return slots, seen
 
 
 def _transformed(engine: OfflineEngine, service: FeatureService, slots: Slots, rows: int) -> None:
@@ -174,6 +192,11 @@ def served(f: Field, col: Column, dtype: Type) -> Column:
     return Column(col.type, col.values, col.offsets, valid)
 
 
+def _counts(joined: JoinedView) -> dict[str, int]:
+    found = np.bincount(joined.status, minlength=len(Status) + 1)
+    return {status.name: int(found[status]) for status in (Status.PRESENT, Status.NOT_FOUND, Status.EXPIRED)}
+
+
 def _event_times(joined: JoinedView) -> Any:
     there = joined.event_time_us != NEVER_US
     return column_to_arrow(Column(Timestamp, np.where(there, joined.event_time_us, 0), None, there))
@@ -185,6 +208,12 @@ def _statuses(col: Column, joined: JoinedView | None) -> Any:
     if col.valid is not None:
         status[(status == Status.PRESENT) & ~col.valid] = Status.NULL
     return pa.DictionaryArray.from_arrays(pa.array((status - 1).view(np.int8)), STATUS_NAMES)
+
+
+def labels_of(service: FeatureService, labels: Frame | str | Path, time: str) -> Labels:
+    """Return labels, read if they are a file, and checked to have what ``service`` asks for."""
+    wanted = dict(service.keys) | service.request_columns
+    return check_labels(read_labels(labels, wanted, time), wanted, time)
 
 
 def read_labels(labels: Frame | str | Path, wanted: Mapping[str, Type], time: str) -> Any:

@@ -28,6 +28,7 @@ LAYERS = (
     ("changes", "checks", "offline", "plan", "store", "trial", "wire"),
     ("registry", "project", "engine"),
     ("training", "materialize"),
+    ("leakage",),
     ("client", "embedded", "server"),
     ("featserve",),
     ("cli",),
@@ -41,6 +42,7 @@ READS_PROTOS = ("wire", "server", "client")
 IMPORTS_LATE = {
     "featserve": "featserve.open and the definitions need the server's parts, the client does not",
     "featserve.__main__": "the command line needs the server's parts",
+    "featserve.leakage": "matplotlib, when a plot is asked for",
     "featserve.matrix": "pandas and pyarrow, when a frame or a table is asked for",
     "featserve.store": "the backend that is opened",
     "featserve.offline": "the engine that is opened",

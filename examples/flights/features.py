@@ -6,9 +6,29 @@ is what ``known_at`` is for: without it, a carrier's newest row would be the ver
 
 from datetime import timedelta
 
-from featserve import Entity, FeatureService, FeatureView, Field, Float32, Int32, ParquetSource, String, Timestamp
+import numpy as np
+from numpy.typing import NDArray
+
+from featserve import (
+    Bool,
+    Entity,
+    FeatureService,
+    FeatureView,
+    Field,
+    Float32,
+    Int32,
+    ParquetSource,
+    RequestColumn,
+    RequestTime,
+    String,
+    Timestamp,
+    on_demand_transform,
+)
 
 OWNER = "delays@example.com"
+
+Floats = NDArray[np.float32]
+Instants = NDArray[np.datetime64]
 
 airport = Entity("airport", {"origin": String}, description="An airport of New York, by its IATA code: EWR, JFK, LGA")
 aircraft = Entity("aircraft", {"tailnum": String}, description="An aircraft, by its tail number")
@@ -123,9 +143,85 @@ route_last_arrival = FeatureView(
     tags={"domain": "operations"},
 )
 
+# Computed at the moment of the request, by the same code that computes them for a training frame.
+
+RUNWAY_DEG = 30.0
+"""Each of the three airports has a runway 4/22, which lies about 30 degrees from true north."""
+
+
+@on_demand_transform(
+    inputs={"direction_deg": hourly_weather["wind_direction_deg"], "speed_mph": hourly_weather["wind_speed_mph"]},
+    outputs=[
+        Field("headwind_mph", Float32, description="Along the runway; take-off is from the end that faces the wind"),
+        Field("crosswind_mph", Float32, description="Across it; much of it closes the runway"),
+    ],
+    owner=OWNER,
+)
+def runway_wind(direction_deg: Floats, speed_mph: Floats) -> dict[str, Floats]:
+    """The wind along and across runway 4/22 of the airport of departure."""
+    angle = np.radians(direction_deg.astype(np.float64) - RUNWAY_DEG)
+    return {
+        "headwind_mph": np.abs(speed_mph * np.cos(angle)).astype(np.float32),
+        "crosswind_mph": np.abs(speed_mph * np.sin(angle)).astype(np.float32),
+    }
+
+
+def new_york(instants: Instants) -> Instants:
+    """Return UTC instants as clocks in New York show them: daylight saving time as the law has had it since 2007."""
+    january = instants.astype("M8[Y]").astype(np.int64) * 12
+    forward = first_sunday(january + 2) + np.timedelta64(7 * 24 + 7, "h")  # the second of March, 2:00 EST
+    back = first_sunday(january + 10) + np.timedelta64(6, "h")  # the first of November, 2:00 EDT
+    summer = (instants >= forward) & (instants < back)
+    return instants - np.where(summer, np.timedelta64(4, "h"), np.timedelta64(5, "h"))
+
+
+def first_sunday(months: NDArray[np.int64]) -> Instants:
+    """Return the first Sunday of each month, counted from January 1970; day 3 of that, the 4th, was a Sunday."""
+    days = months.astype("M8[M]").astype("M8[D]").astype(np.int64)
+    return (days + (3 - days) % 7).astype("M8[D]")
+
+
+@on_demand_transform(
+    inputs={"departure": RequestTime()},
+    outputs=[
+        Field("hour", Float32, description="Hours since midnight in New York, with their fraction"),
+        Field("is_weekend", Bool, description="Saturday or Sunday in New York"),
+    ],
+    owner=OWNER,
+)
+def local_departure(departure: Instants) -> dict[str, NDArray[np.generic]]:
+    """When the flight leaves on the clocks of New York; a request is made as of the scheduled departure."""
+    clock = new_york(departure)
+    days = clock.astype("M8[D]")
+    hour = (clock - days) / np.timedelta64(1, "h")
+    weekday = (days.astype(np.int64) + 3) % 7  # 1970-01-01 was a Thursday, and Monday is 0
+    return {"hour": hour.astype(np.float32), "is_weekend": weekday >= 5}
+
+
+@on_demand_transform(
+    inputs={
+        "scheduled_minutes": RequestColumn("scheduled_minutes", Float32),
+        "air_time_min": route_last_arrival["air_time_min"],
+    },
+    outputs=[Field("to_last_air_time", Float32, description="Scheduled minutes by those last flown; more is slack")],
+    owner=OWNER,
+)
+def schedule(scheduled_minutes: Floats, air_time_min: Floats) -> Floats:
+    """The time that the schedule gives this flight, by what the last one on the route spent in the air."""
+    return scheduled_minutes / air_time_min
+
+
 departure_delay_model = FeatureService(
     "departure_delay_model",
-    [hourly_weather, aircraft_attributes, carrier_last_departure, route_last_arrival],
+    [
+        hourly_weather,
+        aircraft_attributes,
+        carrier_last_departure,
+        route_last_arrival,
+        runway_wind,
+        local_departure,
+        schedule,
+    ],
     dtype=Float32,
     owner=OWNER,
     description="The vector of a model that predicts how late a flight will depart",

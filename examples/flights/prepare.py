@@ -96,6 +96,7 @@ def flights_table(package: Path) -> Any:
             "origin": raw["origin"],
             "dest": raw["dest"],
             "distance_miles": raw["distance"].cast(pa.int32()),
+            "scheduled_minutes": pa.array((scheduled_arrival - scheduled_departure).astype(np.float32)),
             "departure_delay_min": raw["dep_delay"].cast(pa.int32()),
             "arrival_delay_min": raw["arr_delay"].cast(pa.int32()),
             "air_time_min": raw["air_time"].cast(pa.int32()),
