@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from featserve.batch import EventBatch, Int64s
 from featserve.codec import check_key_sizes
 from featserve.definitions import FeatureView, Field
 from featserve.errors import MAX_VIOLATIONS, InvalidRequest, Violation
-from featserve.types import Column, Mask, column, from_us
+from featserve.types import Column, Mask, Timestamp, column, from_us
 
 
 def check_rows(view: FeatureView, batch: EventBatch, latest_us: int | None = None, first_row: int = 0) -> None:
@@ -69,15 +68,17 @@ def _check_field(f: Field, col: Column, found: _Violations) -> None:
         nan = np.isnan(col.values) if not f.type.vector else np.isnan(col.values).any(axis=1)
         found.note(f.name, nan & valid, lambda row: "is NaN, and the feature is declared not_nan")
     if f.min is not None:
-        found.note(f.name, (col.values < f.min) & valid, lambda row: f"{_shown(col, row)} is less than the min {f.min}")
+        least = column(f.type, [f.min])
+        less = (col.values < least.values) & valid
+        found.note(f.name, less, lambda row: f"{_shown(col, row)} is less than the min {_shown(least, 0)}")
     if f.max is not None:
-        found.note(
-            f.name, (col.values > f.max) & valid, lambda row: f"{_shown(col, row)} is greater than the max {f.max}"
-        )
+        most = column(f.type, [f.max])
+        greater = (col.values > most.values) & valid
+        found.note(f.name, greater, lambda row: f"{_shown(col, row)} is greater than the max {_shown(most, 0)}")
     if f.allowed is not None:
         allowed = column(f.type, [f.value(v) for v in f.allowed])
-        shown = list(f.allowed)
-        found.note(f.name, ~_is_in(col, allowed) & valid, lambda row: f"{_shown(col, row)} is not one of {shown}")
+        strange = ~_is_in(col, allowed) & valid
+        found.note(f.name, strange, lambda row: f"{_shown(col, row)} is not one of {_listed(allowed)}")
 
 
 def _is_in(col: Column, allowed: Column) -> Mask:
@@ -95,9 +96,17 @@ def _is_in(col: Column, allowed: Column) -> Mask:
 
 
 def _shown(col: Column, row: int) -> str:
-    value: Any = col.take(np.array([row])).to_list()[0]
-    text = repr(value) if not hasattr(value, "isoformat") else value.isoformat()
+    if col.type is Timestamp:
+        return _instant(col.values[row])
+    if col.type.floating:
+        return str(col.values[row])  # the shortest number that means it
+    text = repr(col.take(np.array([row])).to_list()[0])
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _listed(col: Column) -> str:
+    shown = ", ".join(_shown(col, row) for row in range(min(len(col), 8)))
+    return shown + (f" and {len(col) - 8} more" if len(col) > 8 else "")
 
 
 def _valid(col: Column) -> Mask:
