@@ -150,11 +150,15 @@ def decode_matrix(answer: pb.GetFeaturesResponse, schema: ServiceSchema) -> Feat
     """Return the matrix that ``answer`` carries; raises InvalidRequest where it does not fit ``schema``."""
     rows, views, features = answer.rows, len(schema.views), len(schema.features)
     dtype = schema.numpy_dtype
-    sizes = (
+    sizes = [
         ("values", len(answer.values), rows * schema.width * dtype.itemsize),
         ("status", len(answer.status), rows * views),
         ("columns", len(answer.columns), len(schema.column_features)),
-    )
+    ]
+    if answer.validity:
+        sizes.append(("validity", len(answer.validity), rows * ((features + 7) // 8)))
+    if answer.event_times:
+        sizes.append(("event_times", len(answer.event_times), rows * views * 8))
     for what, got, expected in sizes:
         if got != expected:
             raise invalid(f"answer.{what}", f"{got:,} do not fit schema {schema.reference}, which says {expected:,}")
@@ -166,6 +170,8 @@ def decode_matrix(answer: pb.GetFeaturesResponse, schema: ServiceSchema) -> Feat
         decode_column(message, f.type, f"answer.{f.name}", 2**31)
         for f, message in zip(schema.column_features, answer.columns, strict=True)
     ]
+    if any(len(column) != rows for column in columns):
+        raise ragged("answer", {f.name: len(c) for f, c in zip(schema.column_features, columns, strict=True)})
     if valid is not None:
         position = [i for i, f in enumerate(schema.features) if f.column is not None]
         columns = [Column(c.type, c.values, c.offsets, valid[:, i]) for c, i in zip(columns, position, strict=True)]
