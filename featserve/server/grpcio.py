@@ -33,6 +33,9 @@ Context = grpc.aio.ServicerContext[bytes, bytes]
 
 Answer = TypeVar("Answer")
 
+MAX_SETTLING_S = 0.5
+"""How long a server that was told to stop takes on what keeps arriving."""
+
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -42,7 +45,7 @@ class GrpcioServer:
     def __init__(self, service: Service, config: ServerConfig) -> None:
         self._service = service
         self._default_deadline_s = config.default_deadline_ms / 1_000
-        self._calls, self._most_calls = 0, config.max_concurrent
+        self._calls, self._most_calls, self._taken = 0, config.max_concurrent, 0
         self._writer = ThreadPoolExecutor(1, "featserve-writer")
         size = config.max_message_mb << 20
         # Calls that gRPC holds until the event loop takes them on. Over this it ends them itself, as CANCELLED: cheaper
@@ -76,6 +79,12 @@ class GrpcioServer:
     async def drain(self, seconds: float) -> None:
         """Say NOT_SERVING, take no new calls, let those in flight finish for up to ``seconds``, then end them."""
         self._health.stopping.set()
+        # Stopping would end, as CANCELLED, what has arrived and waits in gRPC's backlog: that is taken on first.
+        loop = asyncio.get_running_loop()
+        began, before = loop.time(), -1
+        while before != self._taken and loop.time() < began + min(seconds, MAX_SETTLING_S):
+            before = self._taken
+            await asyncio.sleep(0.02)
         await self._server.stop(seconds)
         self._writer.shutdown()
 
@@ -100,6 +109,7 @@ class GrpcioServer:
                 most = f"{self._most_calls:,} calls are under way, the most here ([server] max_concurrent)"
                 await abort(context, Overloaded(f"{most}; try again later"))
             self._calls += 1
+            self._taken += 1
             try:
                 return await handle(context)
             except Exception as error:  # noqa: BLE001 - the top of a request
