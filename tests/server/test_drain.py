@@ -1,0 +1,107 @@
+"""How a server stops: it says so, finishes what is under way within a limit, and closes its store clean."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+import featserve
+from featserve.errors import FeatserveError, Unavailable
+from tests.server.messages import numbers, read_error, wide
+from tests.server.streams import Stream, busy
+from tests.serving import Server, until
+
+pytest_plugins = ["tests.served"]
+
+
+def stored(server: Server, users: list[int]) -> list[bool]:
+    """Open the store that a server has closed, for writing as the next one would, and say which users it holds."""
+    with featserve.open(server.project.folder, write=True) as project:
+        found = project.get("wide", {"user_id": users}).view_status[:, 0]
+        return [status == featserve.Status.PRESENT for status in found]
+
+
+def test_sigterm_drains(start: Callable[..., Server]) -> None:
+    """What is under way finishes, what is new is refused, who watches is told, and the next server can start."""
+    server = start(drain_seconds=60, max_rows=100_000, max_message_mb=256)
+    with ExitStack() as stack:
+        stub = stack.enter_context(server.stub())
+        watcher: Any = health_pb2_grpc.HealthStub(stack.enter_context(server.channel()))
+        watch = watcher.Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        stream = Stream(stub)
+        assert stream.ask(1).response.rows == 1
+        writes = [*busy(stub), stub.WriteRows.future(numbers([7], 1.0), timeout=60)]
+        server.signal(signal.SIGTERM)
+        # The watch says so, and ends: it would hold up the drain for ever.
+        assert [answer.status for answer in watch] == [health_pb2.HealthCheckResponse.NOT_SERVING]
+        assert stream.ask(1, 2).response.rows == 2
+        with server.stub() as other:
+            error = until("new calls are refused", lambda: other.GetFeatures.future(wide(1)).exception())
+            assert read_error(error).code is grpc.StatusCode.UNAVAILABLE
+        assert [call.result().rows for call in writes] == [40_000, 40_000, 40_000, 1]
+        assert stream.ask(7).response.status == b"\x01"
+        assert server.process.poll() is None
+        stream.end()
+        assert server.process.wait(60) == 0
+    assert [event["message"] for event in server.events()][-2:] == ["draining", "stopped"]
+    assert stored(server, [7, 8]) == [True, False]
+
+
+def test_the_drain_has_a_limit(start: Callable[..., Server]) -> None:
+    """A call that does not end is ended when the limit has passed, and the server stops as well as ever.
+
+    SIGINT, as from a terminal, drains like SIGTERM, and asking twice changes nothing.
+    """
+    server = start(drain_seconds=0.5)
+    with server.stub() as stub:
+        stream = Stream(stub)
+        assert stream.ask(1).response.rows == 1
+        began = time.monotonic()
+        server.signal(signal.SIGINT)
+        server.signal(signal.SIGINT)
+        assert stream.call.code() is grpc.StatusCode.UNAVAILABLE
+        assert server.process.wait(60) == 0
+        assert 0.4 < time.monotonic() - began < 10
+        stream.drop()
+    assert stored(server, [1]) == [False]
+    assert [event for event in server.events() if event["level"] != "info"] == []
+
+
+def test_nothing_acknowledged_is_lost_when_stopped_under_load(start: Callable[..., Server]) -> None:
+    """Of writes from several threads while it stops, each was acknowledged and is there, or was refused."""
+    server = start()
+    acknowledged: list[int] = []
+    refused: list[FeatserveError] = []
+    going = threading.Event()
+
+    def write(first: int) -> None:
+        with featserve.connect(server.address, timeout=5) as client:
+            for user in range(first, first + 100_000):
+                rows = {"user_id": [user]} | {f"f{i}": [1.0] for i in range(50)}
+                try:
+                    client.write("numbers", rows, event_time=datetime.now(UTC))
+                except FeatserveError as error:
+                    refused.append(error)
+                    return
+                acknowledged.append(user)
+                if len(acknowledged) > 30:
+                    going.set()
+
+    with ThreadPoolExecutor(4) as pool:
+        list_of_work = [pool.submit(write, first * 100_000) for first in range(4)]
+        assert going.wait(60)
+        assert server.stop() == 0
+        for work in list_of_work:
+            work.result()
+    assert [type(error) for error in refused] == [Unavailable] * 4
+    assert all(stored(server, acknowledged))
