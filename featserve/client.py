@@ -7,6 +7,7 @@ again when an answer says that it follows another.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from types import TracebackType
@@ -22,8 +23,17 @@ from featserve.errors import FeatserveError, InvalidRequest, Violation
 from featserve.frames import Frame, request_of, rows_of
 from featserve.matrix import FeatureMatrix
 from featserve.schema import ServiceSchema, ServiceSummary
+from featserve.stages import Stages
 from featserve.types import Type, to_us
-from featserve.wire import FULL_METHOD, decode_matrix, decode_schema, decode_view, encode_column, encode_rows
+from featserve.wire import (
+    FULL_METHOD,
+    decode_matrix,
+    decode_schema,
+    decode_stages,
+    decode_view,
+    encode_column,
+    encode_rows,
+)
 
 Answer = TypeVar("Answer")
 
@@ -83,6 +93,7 @@ class Client:
         request: Frame | None = None,
         as_of: datetime | None = None,
         event_times: bool = False,
+        stages: Stages | None = None,
         timeout: float | None = None,
     ) -> FeatureMatrix:
         """Return the features of ``service`` for a batch of entities, one row for each.
@@ -90,7 +101,8 @@ class Client:
         ``service``: ``name``, ``name@version`` or ``name#hash``. ``keys``: its key columns as a mapping of lists or
         NumPy arrays, or a frame (pandas, polars, pyarrow) that has them. ``request``: likewise the columns that its
         transforms need from the request; a frame of keys may hold them, too. ``as_of``: an instant not after the
-        server's clock; now by default. ``timeout``: seconds. Raises an error of ``featserve.errors``.
+        server's clock; now by default. ``stages``: gets the stages that the server went through. ``timeout``:
+        seconds. Raises an error of ``featserve.errors``.
         """
         schema = self._schemas.get(service)
         fresh = schema is None
@@ -99,12 +111,15 @@ class Client:
                 schema = self.describe(service)
             try:
                 message = self._request(service, schema, keys, request, as_of, event_times)
+                message.include_stages = stages is not None
                 answer = self._call(self._get, message, timeout)
             except InvalidRequest:
                 if fresh or self.describe(service).id == schema.id:
                     raise
                 answer = None  # the service changed what it asks for
             if answer is not None and answer.schema_id == schema.id:
+                if stages is not None:
+                    stages.take(decode_stages(answer.stages))
                 return decode_matrix(answer, schema)
             schema, fresh = None, True
 
@@ -182,7 +197,7 @@ class Client:
         )
         failed: list[Exception] = []
         try:
-            answer = method(_watched(messages, failed), timeout=timeout)
+            answer = method(_watched(messages, failed), timeout=timeout, metadata=_trace_context())
         except grpc.RpcError as error:
             raise translated(error, self._target) from None
         if failed:
@@ -207,7 +222,8 @@ class Client:
 
     def _call(self, method: Callable[..., Answer], request: object, timeout: float | None) -> Answer:
         try:
-            return method(request, timeout=self._timeout if timeout is None else timeout)
+            seconds = self._timeout if timeout is None else timeout
+            return method(request, timeout=seconds, metadata=_trace_context())
         except grpc.RpcError as error:
             raise translated(error, self._target) from None
 
@@ -231,6 +247,23 @@ def _watched(messages: Iterable[pb.WriteRowsRequest], failed: list[Exception]) -
             yield pb.StreamRowsRequest(request=message)
     except Exception as error:  # noqa: BLE001 - the top of a background loop
         failed.append(error)
+
+
+def _trace_context() -> tuple[tuple[str, str], ...]:
+    """Return the headers that make the server's spans children of the caller's, as W3C's Trace Context says.
+
+    Empty where the program does not trace: then it has not loaded OpenTelemetry, and neither does this.
+    """
+    trace = sys.modules.get("opentelemetry.trace")
+    if trace is None:
+        return ()
+    context = trace.get_current_span().get_span_context()
+    if not context.is_valid:
+        return ()
+    parent = f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
+    headers = (("traceparent", parent),)
+    state = context.trace_state.to_header()
+    return (*headers, ("tracestate", state)) if state else headers
 
 
 # For an error without details, as one made by gRPC itself is.

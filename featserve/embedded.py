@@ -30,6 +30,7 @@ from featserve.offline import Progress as JoinProgress
 from featserve.plan import Plans
 from featserve.registry import Load, Registry
 from featserve.schema import ServiceSchema
+from featserve.stages import Stages
 from featserve.store import Access, open_store
 from featserve.training import training_frame
 from featserve.types import to_us
@@ -73,12 +74,22 @@ class Embedded:
         request: Frame | None = None,
         as_of: datetime | None = None,
         event_times: bool = False,
+        stages: Stages | None = None,
     ) -> FeatureMatrix:
         """Return the features of ``service`` for a batch of entities, one row for each; see ``Client.get``."""
+        if stages is not None:
+            stages.begin("plan")
         plan = self.engine.plans.service(service)
         now_us = instant_us(as_of)
+        if stages is not None:
+            stages.begin("keys")
         checked, columns = request_of(keys, request, plan.schema)
-        return self.engine.read(plan, checked, now_us, request_columns=columns, event_times=event_times)
+        matrix = self.engine.read(
+            plan, checked, now_us, request_columns=columns, event_times=event_times, stages=stages
+        )
+        if stages is not None:
+            stages.end()
+        return matrix
 
     def describe(self, service: str) -> ServiceSchema:
         """Return the schema of a service."""

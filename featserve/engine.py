@@ -19,6 +19,7 @@ from featserve.codec import Rows, check_key_sizes, encode_keys
 from featserve.matrix import FeatureMatrix, Status
 from featserve.plan import Plans, ReadPlan, ViewRead, WritePlan
 from featserve.schema import ServiceSchema
+from featserve.stages import Stages
 from featserve.store import OnlineStore
 from featserve.transform import REQUEST_TIME, Slots, request_slot, run
 from featserve.types import NEVER_US, Array, Column, Mask, Timestamp
@@ -34,14 +35,18 @@ def read(
     *,
     request_columns: Mapping[str, Column] = NOTHING,
     event_times: bool = False,
+    stages: Stages | None = None,
 ) -> FeatureMatrix:
     """Return the features of ``plan`` for ``keys`` at the instant ``now_us``, with one read of the store.
 
-    ``request_columns``: checked, as the plan's schema says. ``event_times``: also return them. Raises CorruptRow,
-    StoreError or TransformError.
+    ``request_columns``: checked, as the plan's schema says. ``event_times``: also return them. ``stages``: note in them
+    what the time is spent on. Raises CorruptRow, StoreError or TransformError.
     """
     check_key_sizes(keys.columns)
-    found = _read_distinct(store, _encode(plan, keys))
+    wanted = _encode(plan, keys)
+    if stages is not None:
+        stages.begin("store read")
+    found = _read_distinct(store, wanted)
     rows, schema = keys.count, plan.schema
     status = np.empty((rows, len(plan.views)), np.uint8)
     status.fill(1)  # Status.PRESENT
@@ -56,12 +61,16 @@ def read(
     start = 0
     for i, view in enumerate(plan.views):
         stop = start + rows
+        if stages is not None:
+            stages.begin(f"codec {view.codec.view}")
         _fill(answer, i, view, found[start:stop], now_us, schema)
         start = stop
     if plan.steps:
         answer.slots.update((request_slot(name), col) for name, col in request_columns.items())
         answer.slots[REQUEST_TIME] = Column(Timestamp, np.full(rows, now_us))
-        run(plan.steps, answer.slots, rows)
+        run(plan.steps, answer.slots, rows, stages)
+        if stages is not None:
+            stages.begin("place")
         _place(answer, plan, rows)
     columns: Any = tuple(answer.columns)
     return FeatureMatrix(schema, answer.values, columns, status, answer.valid, answer.times)
@@ -218,9 +227,12 @@ class Engine:
         *,
         request_columns: Mapping[str, Column] = NOTHING,
         event_times: bool = False,
+        stages: Stages | None = None,
     ) -> FeatureMatrix:
         """Return the features of ``plan`` for ``keys`` at ``now_us``; see ``read``."""
-        return read(self.store, plan, keys, now_us, request_columns=request_columns, event_times=event_times)
+        return read(
+            self.store, plan, keys, now_us, request_columns=request_columns, event_times=event_times, stages=stages
+        )
 
     def write(self, plan: WritePlan, arrival: Arrival, *, now_us: int, max_future_skew_us: int) -> Written:
         """Write rows that arrive now; see ``write``. Rows of no source come after all that have a source position."""

@@ -15,6 +15,7 @@ import numpy as np
 
 from featserve.definitions import Field, OnDemandTransform, Outputs, RequestColumn, Selection
 from featserve.errors import TransformError
+from featserve.stages import Stages
 from featserve.types import Array, Bytes, Column, Mask, String, Timestamp, Type, column
 
 REQUEST_TIME = "request_time"
@@ -84,13 +85,15 @@ def field_of(given: object) -> Field:
             return Field(REQUEST_TIME, Timestamp)
 
 
-def run(steps: Sequence[Step], slots: Slots, rows: int) -> None:
-    """Run the steps in order on ``rows`` rows, adding their outputs to ``slots``.
+def run(steps: Sequence[Step], slots: Slots, rows: int, stages: Stages | None = None) -> None:
+    """Run the steps in order on ``rows`` rows, adding their outputs to ``slots``; each is one of ``stages``.
 
     Raises TransformError, naming the transform, where a function raises or its answer is not as declared.
     """
     with np.errstate(all="ignore"):  # a division by zero is the function's own affair: it gives inf or NaN
         for step in steps:
+            if stages is not None:
+                stages.begin(f"transform {step.id}")
             given = {name: slots[slot] if null else without_nulls(slots[slot]) for name, slot, null in step.inputs}
             answers = _strict(step, given, rows) if step.strict else _call(step, given, rows)
             for (slot, f), answer in zip(step.outputs, answers, strict=True):

@@ -20,6 +20,7 @@ from featserve.definitions import FeatureView
 from featserve.errors import TooLarge, Violation, invalid
 from featserve.matrix import FeatureMatrix
 from featserve.schema import FeatureSchema, ServiceSchema, ViewSchema
+from featserve.stages import Stage
 from featserve.types import SCALARS_BY_CODE, VECTOR_CODE, Array, Column, Int64, Mask, Type, type_of_code
 
 FULL_METHOD = "/featserve.v1.FeatureServingService/"
@@ -129,8 +130,10 @@ def unpack_bits(data: bytes, rows: int, where: str) -> Mask:
     return np.unpackbits(np.frombuffer(data, np.uint8), count=rows, bitorder="little").view(np.bool_)
 
 
-def encode_matrix(matrix: FeatureMatrix, *, include_schema: bool = False) -> pb.GetFeaturesResponse:
-    """Return the answer that carries ``matrix``."""
+def encode_matrix(
+    matrix: FeatureMatrix, *, include_schema: bool = False, include_event_times: bool = True
+) -> pb.GetFeaturesResponse:
+    """Return the answer that carries ``matrix``, its event times if it has them."""
     schema = matrix.schema
     answer = pb.GetFeaturesResponse(
         schema_id=schema.id, rows=len(matrix), values=matrix.values.tobytes(), status=matrix.view_status.tobytes()
@@ -139,7 +142,7 @@ def encode_matrix(matrix: FeatureMatrix, *, include_schema: bool = False) -> pb.
         answer.validity = np.packbits(matrix.valid, axis=1, bitorder="little").tobytes()
     for column in matrix.columns:
         answer.columns.append(encode_column("", Column(column.type, column.values, column.offsets)))
-    if matrix.event_times is not None:
+    if include_event_times and matrix.event_times is not None:
         answer.event_times = matrix.event_times.tobytes()
     if include_schema:
         answer.schema.CopyFrom(encode_schema(schema))
@@ -183,6 +186,16 @@ def decode_matrix(answer: pb.GetFeaturesResponse, schema: ServiceSchema) -> Feat
         valid,
         np.frombuffer(answer.event_times, "<i8").reshape(rows, views) if answer.event_times else None,
     )
+
+
+def encode_stages(stages: Iterable[Stage]) -> list[pb.Stage]:
+    """Return the messages of the stages of a request."""
+    return [pb.Stage(name=s.name, start_ns=s.start_ns, duration_ns=s.duration_ns) for s in stages]
+
+
+def decode_stages(messages: Iterable[pb.Stage]) -> list[Stage]:
+    """Return the stages that messages carry."""
+    return [Stage(m.name, m.start_ns, m.duration_ns) for m in messages]
 
 
 def encode_schema(schema: ServiceSchema) -> pb.ServiceSchema:

@@ -21,7 +21,7 @@ FUNCTION_LINES = 70
 # may also import one another.
 LAYERS = (
     ("errors",),
-    ("types", "config"),
+    ("types", "config", "stages"),
     ("schema", "batch", "arrow"),
     ("definitions", "frames", "matrix"),
     ("codec", "catalog", "sources", "transform"),

@@ -145,6 +145,7 @@ class GetFeaturesRequest(_message.Message):
     INCLUDE_EVENT_TIMES_FIELD_NUMBER: _builtins.int
     INCLUDE_SCHEMA_FIELD_NUMBER: _builtins.int
     REQUEST_COLUMNS_FIELD_NUMBER: _builtins.int
+    INCLUDE_STAGES_FIELD_NUMBER: _builtins.int
     service: _builtins.str
     """"fraud" (the version that is promoted), "fraud@2" (that version) or "fraud#<hash>" (exactly that schema)."""
     as_of_us: _builtins.int
@@ -154,6 +155,8 @@ class GetFeaturesRequest(_message.Message):
     include_event_times: _builtins.bool
     include_schema: _builtins.bool
     """Put the schema in the answer."""
+    include_stages: _builtins.bool
+    """Say in the answer what its time was spent on."""
     @_builtins.property
     def keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___Column]:
         """The service's key columns, in any order, of the same length: one value for each row of the answer."""
@@ -171,10 +174,11 @@ class GetFeaturesRequest(_message.Message):
         include_event_times: _builtins.bool = ...,
         include_schema: _builtins.bool = ...,
         request_columns: _abc.Iterable[Global___Column] | None = ...,
+        include_stages: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_as_of_us", b"_as_of_us", "as_of_us", b"as_of_us"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_as_of_us", b"_as_of_us", "as_of_us", b"as_of_us", "include_event_times", b"include_event_times", "include_schema", b"include_schema", "keys", b"keys", "request_columns", b"request_columns", "service", b"service"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_as_of_us", b"_as_of_us", "as_of_us", b"as_of_us", "include_event_times", b"include_event_times", "include_schema", b"include_schema", "include_stages", b"include_stages", "keys", b"keys", "request_columns", b"request_columns", "service", b"service"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__as_of_us: _TypeAlias = _typing.Literal["as_of_us"]  # noqa: Y015
     _WhichOneofArgType__as_of_us: _TypeAlias = _typing.Literal["_as_of_us", b"_as_of_us"]  # noqa: Y015
@@ -194,6 +198,7 @@ class GetFeaturesResponse(_message.Message):
     COLUMNS_FIELD_NUMBER: _builtins.int
     EVENT_TIMES_FIELD_NUMBER: _builtins.int
     SCHEMA_FIELD_NUMBER: _builtins.int
+    STAGES_FIELD_NUMBER: _builtins.int
     schema_id: _builtins.int
     """Which schema this answer follows: the first 8 bytes of its hash, as a big-endian number."""
     rows: _builtins.int
@@ -217,6 +222,12 @@ class GetFeaturesResponse(_message.Message):
     def schema(self) -> Global___ServiceSchema:
         """If asked for."""
 
+    @_builtins.property
+    def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Stage]:
+        """If asked for: the stages that the server went through, one after the other, but for the parsing of the request before
+        them and the serializing of this message after them.
+        """
+
     def __init__(
         self,
         *,
@@ -228,14 +239,44 @@ class GetFeaturesResponse(_message.Message):
         columns: _abc.Iterable[Global___Column] | None = ...,
         event_times: _builtins.bytes = ...,
         schema: Global___ServiceSchema | None = ...,
+        stages: _abc.Iterable[Global___Stage] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["schema", b"schema"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns", "event_times", b"event_times", "rows", b"rows", "schema", b"schema", "schema_id", b"schema_id", "status", b"status", "validity", b"validity", "values", b"values"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns", "event_times", b"event_times", "rows", b"rows", "schema", b"schema", "schema_id", b"schema_id", "stages", b"stages", "status", b"status", "validity", b"validity", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetFeaturesResponse: _TypeAlias = GetFeaturesResponse  # noqa: Y015
+
+@_typing.final
+class Stage(_message.Message):
+    """One stage of a request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    START_NS_FIELD_NUMBER: _builtins.int
+    DURATION_NS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Such as "store read", "codec weather@2" (a view's rows) or "transform distance@1"."""
+    start_ns: _builtins.int
+    """Nanoseconds from the start of the first stage."""
+    duration_ns: _builtins.int
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        start_ns: _builtins.int = ...,
+        duration_ns: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration_ns", b"duration_ns", "name", b"name", "start_ns", b"start_ns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Stage: _TypeAlias = Stage  # noqa: Y015
 
 @_typing.final
 class StreamFeaturesRequest(_message.Message):

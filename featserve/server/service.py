@@ -13,24 +13,52 @@ from featserve._proto import serving_pb2 as pb
 from featserve.batch import Written
 from featserve.engine import NOTHING, Engine
 from featserve.errors import DeadlineExceeded, FeatserveError, invalid
+from featserve.matrix import FeatureMatrix
+from featserve.schema import ServiceSchema
 from featserve.server.status import encode_error
+from featserve.stages import Stages
 from featserve.wire import (
     decode_keys,
     decode_request_columns,
     decode_rows,
     encode_matrix,
     encode_schema,
+    encode_stages,
     encode_view,
     parse,
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
+class Record:
+    """What one request came to, for who watches it: the service fills it in.
+
+    ``stages``: where its time went; None where nobody asks. ``ages``: also look at how old the served values are.
+    ``error``: one that was sent as an answer.
+    """
+
+    stages: Stages | None = None
+    ages: bool = False
+    schema: ServiceSchema | None = None
+    matrix: FeatureMatrix | None = None
+    now_us: int = 0
+    view: str = ""
+    written: Written | None = None
+    error: FeatserveError | None = None
+
+
+@dataclass(slots=True)
 class Call:
-    """What a transport knows of one call: its metadata, and the seconds that are left until its deadline, if any."""
+    """What a transport knows of one call: its metadata, and the seconds that are left until its deadline, if any.
+
+    ``waited_since_ns``: since when it waited for its turn, as ``time.perf_counter_ns`` says it; 0 where it did not.
+    ``record``: given by who watches the call; None where nobody does.
+    """
 
     metadata: Iterable[tuple[str, str | bytes]] = ()
     remaining_s: float | None = None
+    waited_since_ns: int = 0
+    record: Record | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,19 +83,30 @@ class Service:
     def get_features(self, data: bytes, call: Call) -> bytes:
         """Answer a GetFeaturesRequest."""
         check_deadline(call)
-        return self._features(parse(pb.GetFeaturesRequest, data)).SerializeToString()
+        return self._features(parse(pb.GetFeaturesRequest, data), call.record).SerializeToString()
 
     def stream_features(self, data: bytes, call: Call) -> bytes:
         """Answer one message of a StreamFeatures call; an error is an answer, too."""
         try:
             check_deadline(call)
-            answer = self._features(parse(pb.StreamFeaturesRequest, data).request)
+            answer = self._features(parse(pb.StreamFeaturesRequest, data).request, call.record)
         except FeatserveError as error:
+            if call.record is not None:
+                call.record.error = error
             return pb.StreamFeaturesResponse(error=encode_error(error)).SerializeToString()
         return pb.StreamFeaturesResponse(response=answer).SerializeToString()
 
-    def _features(self, request: pb.GetFeaturesRequest) -> pb.GetFeaturesResponse:
+    def _features(self, request: pb.GetFeaturesRequest, record: Record | None) -> pb.GetFeaturesResponse:
+        stages = None if record is None else record.stages
+        if request.include_stages and stages is None:
+            stages = Stages()
+        if stages is not None:
+            stages.begin("plan")
         plan = self.engine.plans.service(request.service)
+        if record is not None:
+            record.schema = plan.schema
+        if stages is not None:
+            stages.begin("keys")
         now_us = self._clock_us()
         if request.HasField("as_of_us"):
             if request.as_of_us > now_us:
@@ -77,8 +116,24 @@ class Service:
         columns = NOTHING
         if request.request_columns or plan.schema.request_columns:
             columns = decode_request_columns(request.request_columns, plan.schema.request_columns, keys.count)
-        matrix = self.engine.read(plan, keys, now_us, request_columns=columns, event_times=request.include_event_times)
-        return encode_matrix(matrix, include_schema=request.include_schema)
+        times = request.include_event_times
+        matrix = self.engine.read(
+            plan,
+            keys,
+            now_us,
+            request_columns=columns,
+            event_times=times or (record is not None and record.ages),
+            stages=stages,
+        )
+        if record is not None:
+            record.matrix, record.now_us = matrix, now_us
+        if stages is not None:
+            stages.begin("encode")
+        answer = encode_matrix(matrix, include_schema=request.include_schema, include_event_times=times)
+        if request.include_stages and stages is not None:
+            stages.end()
+            answer.stages.extend(encode_stages(stages.timed()))
+        return answer
 
     def describe_service(self, data: bytes, call: Call) -> bytes:
         """Answer a DescribeServiceRequest."""
@@ -115,14 +170,22 @@ class Service:
     def write_rows(self, data: bytes, call: Call) -> bytes:
         """Answer a WriteRowsRequest: its rows are all written, or none."""
         check_deadline(call)
-        written = self._write(parse(pb.WriteRowsRequest, data))
+        written = self._write(parse(pb.WriteRowsRequest, data), call.record)
         return pb.WriteRowsResponse(rows=written.rows, stored=written.stored).SerializeToString()
 
-    def _write(self, request: pb.WriteRowsRequest) -> Written:
+    def _write(self, request: pb.WriteRowsRequest, record: Record | None) -> Written:
+        stages = None if record is None else record.stages
+        if stages is not None:
+            stages.begin("rows")
         plan = self.engine.plans.view(request.view)
         arrival = decode_rows(request, plan.columns, self._limits.max_rows)
         skew_us = self._limits.max_future_skew_us
-        return self.engine.write(plan, arrival, now_us=self._clock_us(), max_future_skew_us=skew_us)
+        if stages is not None:
+            stages.begin("store write")
+        written = self.engine.write(plan, arrival, now_us=self._clock_us(), max_future_skew_us=skew_us)
+        if record is not None:
+            record.view, record.written = plan.view.id, written
+        return written
 
     def stream_rows(self) -> RowStream:
         """Start a StreamRows call."""
@@ -132,7 +195,7 @@ class Service:
 class RowStream:
     """One StreamRows call: each message is written when it is added."""
 
-    def __init__(self, write: Callable[[pb.WriteRowsRequest], Written]) -> None:
+    def __init__(self, write: Callable[[pb.WriteRowsRequest, Record | None], Written]) -> None:
         self._write = write
         self._totals = pb.StreamRowsResponse()
 
@@ -140,7 +203,7 @@ class RowStream:
         """Write one StreamRowsRequest; an error says how many messages before it were written."""
         try:
             check_deadline(call)
-            written = self._write(parse(pb.StreamRowsRequest, data).request)
+            written = self._write(parse(pb.StreamRowsRequest, data).request, call.record)
         except FeatserveError as error:
             error.metadata["messages_written"] = str(self._totals.messages)
             raise
