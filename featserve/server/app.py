@@ -101,5 +101,6 @@ async def _follow(registry: Registry, engine: Engine, reload: asyncio.Event, pol
                 log.info(
                     "took a new snapshot", extra={"revision": snapshot.revision, "services": sorted(snapshot.services)}
                 )
-        except FeatserveError as error:
-            log.error("cannot follow the registry, still serving the old definitions: %s", error)
+        except Exception as error:  # the top of a background loop
+            trace = None if isinstance(error, FeatserveError) else error
+            log.error("cannot follow the registry, still serving the old definitions: %s", error, exc_info=trace)
