@@ -24,6 +24,8 @@ ENVIRONMENT = {
     "FEATSERVE_REGISTRY_URL": ("registry", "url"),
     "FEATSERVE_STORE_PATH": ("store", "path"),
     "FEATSERVE_PORT": ("server", "port"),
+    "OTEL_EXPORTER_OTLP_ENDPOINT": ("telemetry", "otlp_endpoint"),
+    "OTEL_SERVICE_NAME": ("telemetry", "service_name"),
 }
 """Variables that win over the file, for what differs between two deployments of one project."""
 
@@ -98,6 +100,29 @@ class ServerConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class TelemetryConfig:
+    """``[telemetry]``. What the server tells about itself, in OpenTelemetry's terms.
+
+    ``otlp_endpoint``: where traces are sent, OTLP over gRPC (``http://localhost:4317``; ``https://`` for TLS); without
+    it nothing is traced. ``sample_ratio``: the part of requests that is traced where the caller has not decided.
+    ``service_name``: what the server is called in traces and metrics. ``prometheus_port``: where metrics are read, on
+    the server's host (0: any free port); without it nothing is counted.
+    """
+
+    otlp_endpoint: str | None = None
+    sample_ratio: float = between(0.01, 0, 1)
+    service_name: str = "featserve"
+    prometheus_port: int | None = between(None, 0, 65_535)
+
+    def __post_init__(self) -> None:
+        check(self, "telemetry")
+        if self.otlp_endpoint is not None and not self.otlp_endpoint.startswith(("http://", "https://")):
+            raise DefinitionError(
+                f"[telemetry] otlp_endpoint: {self.otlp_endpoint!r} is no URL as in http://localhost:4317"
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """One project's settings. Relative paths are resolved against ``folder``, whatever the current directory is."""
 
@@ -106,6 +131,7 @@ class Config:
     registry: RegistryConfig = field(default_factory=RegistryConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
 
     def __post_init__(self) -> None:
         folder = self.folder.resolve()
@@ -116,14 +142,21 @@ class Config:
             object.__setattr__(self, "registry", replace(self.registry, url=f"{SQLITE}{database}"))
 
 
-SECTIONS = {"project": ProjectConfig, "registry": RegistryConfig, "store": StoreConfig, "server": ServerConfig}
+SECTIONS = {
+    "project": ProjectConfig,
+    "registry": RegistryConfig,
+    "store": StoreConfig,
+    "server": ServerConfig,
+    "telemetry": TelemetryConfig,
+}
 
 
 def load_config(path: Path, environment: Mapping[str, str] = os.environ) -> Config:
     """Load the settings of the project at ``path``, its folder or its ``featserve.toml``.
 
     Values of ``environment`` win over the file (``FEATSERVE_REGISTRY_URL``, ``FEATSERVE_STORE_PATH``,
-    ``FEATSERVE_PORT``). Raises DefinitionError naming the file and the key.
+    ``FEATSERVE_PORT``; OpenTelemetry's own ``OTEL_EXPORTER_OTLP_ENDPOINT``, ``OTEL_SERVICE_NAME``). Raises
+    DefinitionError naming the file and the key.
     """
     file = path / FILE if path.is_dir() else path
     try:
@@ -140,7 +173,7 @@ def load_config(path: Path, environment: Mapping[str, str] = os.environ) -> Conf
     except DefinitionError as error:
         raise DefinitionError(f"{file}: {error}") from None
     for variable, (section, key) in ENVIRONMENT.items():
-        if variable in environment:
+        if variable in environment and (environment[variable] or not variable.startswith("OTEL_")):  # empty is unset
             config = _overridden(config, variable, environment[variable], section, key)
     return config
 
@@ -151,7 +184,10 @@ def check(section: Any, title: str) -> dict[str, Any]:
     for f in fields(section):
         value = getattr(section, f.name)
         where = f"[{title}] {f.name}"
-        expected, right = KEY_KINDS[str(f.type)]
+        kind, _, absent = str(f.type).partition(" | ")
+        if absent and value is None:
+            continue
+        expected, right = KEY_KINDS[kind]
         if isinstance(value, bool) or not right(value):
             raise DefinitionError(f"{where}: expected {expected}, got {value!r}")
         if "choices" in f.metadata and value not in f.metadata["choices"]:

@@ -40,6 +40,11 @@ port = 7070
 # default_deadline_ms = 5000     # for a request that carries no deadline
 # drain_seconds = 10             # how long requests in flight may take after SIGTERM
 # registry_poll_seconds = 2      # how soon what is applied is served, without a restart
+
+[telemetry]
+# prometheus_port = 9464         # metrics, at http://HOST:9464/metrics
+# otlp_endpoint = "http://localhost:4317"   # traces: where OpenTelemetry's collector takes them
+# sample_ratio = 0.01            # the part of requests that is traced, where the caller has not decided
 """
 
 FEATURES = '''\
