@@ -36,7 +36,7 @@ import numpy as np
 from featserve.batch import EventBatch, Int64s
 from featserve.definitions import FeatureView, Field
 from featserve.errors import CorruptRow, invalid
-from featserve.types import Array, Bytes, Column, Mask, Type, column, gather
+from featserve.types import Array, Bytes, Column, Mask, Type, column, concat, gather
 
 MAGIC = 0xF5
 VERSION = 1
@@ -73,6 +73,16 @@ def _key_part(col: Column, last: bool) -> list[bytes]:
     if last:
         return values
     return [len(v).to_bytes(4, "big") + v for v in values]
+
+
+def key_ranks(columns: Sequence[Column]) -> Array:
+    """Return numbers of shape (n,) that compare as the keys of the n entities do."""
+    first = columns[0]
+    if len(columns) == 1 and first.offsets is None:
+        return first.values.view(f"u{first.values.itemsize}")
+    keys = encode_keys(columns)
+    ranks = {key: i for i, key in enumerate(sorted(set(keys)))}
+    return np.fromiter(map(ranks.__getitem__, keys), np.int64, len(keys))
 
 
 def check_key_sizes(columns: Mapping[str, Column]) -> None:
@@ -131,30 +141,43 @@ class RowCodec:
     def encode(self, batch: EventBatch) -> list[bytes]:
         """Return the n rows of ``batch``, whose columns are of the view's types."""
         rows: list[bytes] = []
+        fixed = np.empty(min(len(batch), BLOCK_ROWS), self.dtype)
         for start in range(0, len(batch), BLOCK_ROWS):
-            rows += self._encode_block(batch, slice(start, start + BLOCK_ROWS))
+            part = fixed[: len(batch) - start]
+            rows += self.join(part, self._pack_block(batch, slice(start, start + len(part)), part))
         return rows
 
-    def _encode_block(self, batch: EventBatch, block: slice) -> list[bytes]:
-        times = [t[block] for t in (batch.event_time_us, batch.known_at_us, batch.sequence)]
-        n = len(times[0])
-        rows = np.zeros(n, self.dtype)
-        words = rows["words"]
+    def pack(self, batch: EventBatch, fixed: Array) -> Column | None:
+        """Write the fixed parts of the n rows of ``batch`` to ``fixed``; return what follows each, if strings do.
+
+        ``fixed``: of ``dtype`` and shape (n,). ``join`` makes rows of both, or of the same places of both.
+        """
+        tails = [
+            self._pack_block(batch, slice(start, start + BLOCK_ROWS), fixed[start : start + BLOCK_ROWS])
+            for start in range(0, len(batch), BLOCK_ROWS)
+        ]
+        return concat([tail for tail in tails if tail is not None]) if self.variable else None
+
+    def join(self, fixed: Array, tail: Column | None) -> list[bytes]:
+        """Return the rows that ``pack`` took apart."""
+        starts: list[bytes] = fixed.view(f"V{self.width}").tolist()
+        return starts if tail is None else list(map(bytes.__add__, starts, tail.to_bytes_list()))
+
+    def _pack_block(self, batch: EventBatch, block: slice, fixed: Array) -> Column | None:
+        words = fixed["words"]
         words[:, 0] = self.lowest[0]
-        for i, values in enumerate(times):
-            words[:, i + 1] = values.view(np.uint64) ^ _SIGN
-        validity = np.ones((n, len(self.features)), np.bool_)
+        for i, times in enumerate((batch.event_time_us, batch.known_at_us, batch.sequence)):
+            words[:, i + 1] = times[block].view(np.uint64) ^ _SIGN
+        validity = np.ones((len(fixed), len(self.features)), np.bool_)
         for i, f in enumerate(self.features):
             col = batch.columns[f.name]
             if col.valid is not None:
                 validity[:, i] = col.valid[block]
             if not f.type.variable:
                 run, at = self.place[f.name]
-                rows[run][:, at : at + f.type.length] = self._filled(f, col, block).reshape(n, -1)
+                fixed[run][:, at : at + f.type.length] = self._filled(f, col, block).reshape(len(fixed), -1)
         words[:, 4:] = _pack(validity)
-        if not self.variable:
-            return rows.view(f"V{self.width}").tolist()
-        return self._with_strings(rows, batch, block)
+        return self._pack_strings(fixed, batch, block) if self.variable else None
 
     def _filled(self, f: Field, col: Column, block: slice) -> Array:
         """Return the block's values with the default, NaN or zero in the place of the nulls."""
@@ -166,11 +189,11 @@ class RowCodec:
         valid = col.valid[block]
         return np.where(valid[:, None] if f.type.vector else valid, values, np.asarray(filler, values.dtype))
 
-    def _with_strings(self, rows: Array, batch: EventBatch, block: slice) -> list[bytes]:
-        """Return the rows with the bytes of their strings behind the fixed part, interleaved in one gather."""
+    def _pack_strings(self, fixed: Array, batch: EventBatch, block: slice) -> Column:
+        """Return the bytes of the strings of each row, interleaved in one gather; write where they end to ``fixed``."""
         pools: list[Array] = []
         base = 0
-        shape = (len(rows), len(self.variable))
+        shape = (len(fixed), len(self.variable))
         starts, lengths = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         for i, name in enumerate(self.variable):
             col = batch.columns[name]
@@ -189,11 +212,10 @@ class RowCodec:
         if int(ends[:, -1].max()) > MAX_ROW_BYTES:
             row = block.start + int(ends[:, -1].argmax())
             raise invalid(f"rows[{row}]", f"its strings are over {MAX_ROW_BYTES >> 20} MiB together")
-        rows["ends"] = ends
-        joined = gather(Bytes, np.concatenate(pools), starts.ravel(), lengths.ravel()).values.tobytes()
-        stops = np.cumsum(ends[:, -1]).tolist()
-        fixed: list[bytes] = rows.view(f"V{self.width}").tolist()
-        return [f + joined[a:b] for f, a, b in zip(fixed, [0, *stops], stops, strict=False)]
+        fixed["ends"] = ends
+        joined = gather(Bytes, np.concatenate(pools), starts.ravel(), lengths.ravel())
+        assert joined.offsets is not None
+        return Column(Bytes, joined.values, joined.offsets[:: len(self.variable)])
 
     def decode(self, rows: Sequence[bytes]) -> Rows:
         """Return ``rows`` as arrays.

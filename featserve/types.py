@@ -165,6 +165,19 @@ def gather(type: Type, data: Array, starts: Array, lengths: Array, valid: Mask |
     return Column(type, data[index], offsets, valid)
 
 
+def concat(columns: Sequence[Column]) -> Column:
+    """Return the values of ``columns``, at least one and all of one type, one column after the other."""
+    first = columns[0]
+    values = np.concatenate([c.values for c in columns])
+    offsets = valid = None
+    if first.offsets is not None:
+        lengths = [np.diff(c.offsets) for c in columns if c.offsets is not None]
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(lengths))])
+    if any(c.valid is not None for c in columns):
+        valid = np.concatenate([np.ones(len(c), np.bool_) if c.valid is None else c.valid for c in columns])
+    return Column(first.type, values, offsets, valid)
+
+
 def column(type: Type, values: Iterable[Any], what: str = "column") -> Column:
     """Return a column of Python or NumPy ``values``; None (and, where no number is meant, NaN/NaT) is null.
 
