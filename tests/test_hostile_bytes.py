@@ -65,8 +65,9 @@ def test_an_answer_cut_anywhere_is_refused(rng: np.random.Generator) -> None:
         same(decode_matrix(whole, matrix.schema), matrix)
         for name in ("values", "status", "validity", "event_times"):
             data: bytes = getattr(whole, name)
+            size = len(matrix) * -(-len(matrix.schema.features) // 8) if name == "validity" else len(data)
             for bad in (data[:-1], data + b"\0", data * 2, b"\0" * 3):
-                if bad == data or (not bad and name in ("validity", "event_times")) or (not data and not bad):
+                if len(bad) == size or (not bad and name in ("validity", "event_times")):
                     continue
                 cut = pb.GetFeaturesResponse()
                 cut.CopyFrom(whole)
@@ -77,7 +78,7 @@ def test_an_answer_cut_anywhere_is_refused(rng: np.random.Generator) -> None:
             cut = pb.GetFeaturesResponse()
             cut.CopyFrom(whole)
             cut.rows = rows
-            with pytest.raises(InvalidRequest, match=r"answer"):
+            with pytest.raises(InvalidRequest, match="answer"):
                 decode_matrix(cut, matrix.schema)
 
 
