@@ -162,7 +162,7 @@ def compute(bodies: str, types: Mapping[str, str], batch: Any) -> Any:
     slots = {name: column_from_arrow(parse_type(type_), batch.column(name), name) for name, type_ in types.items()}
     steps = _steps(bodies)
     run(steps, slots, batch.num_rows)
-    outputs = {slot: slots[slot] for step in steps for slot, _ in step.outputs}
+    outputs = {result.slot: slots[result.slot] for step in steps for result in step.results}
     return pa.record_batch([column_to_arrow(col) for col in outputs.values()], list(outputs))
 
 

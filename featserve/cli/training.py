@@ -15,13 +15,12 @@ from typing import Any
 import click
 import pyarrow.parquet as pq
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.text import Text
 
 from featserve import training
 from featserve.cli.show import STDERR, counted, facts, show, show_json, size, table
 from featserve.cli.verbs import Verb, applied, as_json, main, project, settings
 from featserve.errors import CallerError
-from featserve.leakage import FeatureLeakage, LeakageReport, check_plot
+from featserve.leakage import LeakageReport, check_plot
 from featserve.leakage import leakage as report_leakage
 from featserve.offline import Engine, open_engine
 from featserve.offline import Progress as Steps
@@ -148,7 +147,7 @@ def leakage(
     most come first.
 
     Correlation is Pearson's for numbers, bools and timestamps, and for strings and bytes the correlation ratio,
-    corrected for the number of categories; vectors have none.
+    corrected for the number of categories ("ratio"); vectors have none.
 
     \b
     Example:
@@ -171,27 +170,27 @@ def leakage(
 
 def show_report(report: LeakageReport) -> None:
     """Print a line for each feature."""
-    rows = counted(report.rows, "label")
     show(
-        Text.assemble((report.service, "bold"), f": correlation with {report.label}, and values that change, of {rows}")
+        facts(
+            [
+                ("service", report.service),
+                ("label", f"{report.label} of {counted(report.rows, 'row')}"),
+                (
+                    "joins",
+                    "honest: as known at the label's time; event time only: as if known at once; latest value: the",
+                ),
+                ("", "newest row of all. Correlation with the label, and rows whose value is not the honest one."),
+            ]
+        ),
+        "",
     )
-    numbers = ["honest", "event time\nonly", "latest\nvalue", "changed by\nevent time", "changed by\nlatest value"]
+    numbers = ["honest", "event\ntime\nonly", "latest\nvalue", "rows:\nevent\ntime", "rows:\nlatest\nvalue"]
     made = table("feature", "measure", *numbers, right=numbers)
     for f in report.features:
-        made.add_row(*leakage_cells(f))
-    show("", made)
-
-
-def leakage_cells(f: FeatureLeakage) -> list[str]:
-    """Return a feature's line: its name, measure, three correlations and two counts."""
-    told = ("" if value is None else f"{value:.3f}" for value in (f.honest, f.event_time_only, f.latest_value))
-    return [
-        f.feature,
-        f.measure.removeprefix("correlation "),
-        *told,
-        f"{f.event_time_only_rows:,}",
-        f"{f.latest_value_rows:,}",
-    ]
+        told = ("" if value is None else f"{value:.3f}" for value in (f.honest, f.event_time_only, f.latest_value))
+        measure = f.measure.removeprefix("correlation ")
+        made.add_row(f.feature, measure, *told, f"{f.event_time_only_rows:,}", f"{f.latest_value_rows:,}")
+    show(made)
 
 
 @contextmanager
