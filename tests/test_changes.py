@@ -10,7 +10,7 @@ import pytest
 from featserve.catalog import Definitions
 from featserve.changes import compare
 from featserve.definitions import Entity, FeatureService, Field, OnDemandTransform, ParquetSource, RequestColumn
-from featserve.definitions.code import Code
+from featserve.definitions.code import MAIN, Code
 from featserve.types import Float32, Float64, Int64
 from tests.declarations import AIRPORT, declare, view
 
@@ -94,7 +94,7 @@ def route(runway: float = 220.0, **changes: Any) -> OnDemandTransform:
         "inputs": {"temp": view()["temp"], "runway": RequestColumn("runway", Float32)},
         "outputs": [Field("angle", Float64)],
     }
-    code = Code("crosswind", {"definitions": f"def crosswind(temp, runway):\n    return temp * {runway}\n"})
+    code = Code("crosswind", {MAIN: f"def crosswind(temp, runway):\n    return temp * {runway}\n"})
     return OnDemandTransform("crosswind", **(parts | changes), code=code)
 
 

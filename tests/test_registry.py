@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from featserve.definitions import Entity, FeatureService, FeatureView, Field, OnDemandTransform, Outputs, Selection
-from featserve.definitions.code import Code
+from featserve.definitions.code import MAIN, Code
 from featserve.errors import DefinitionError, RegistryConflict, UnknownName
 from featserve.registry import Load, Registry, Snapshot
 from featserve.types import Bytes, Float64, Int64, String, Timestamp, Vector
@@ -53,7 +53,7 @@ def test_a_chain_of_transforms_is_read_back(registry: Registry) -> None:
     """A transform is read back with those that it takes from, whatever their names and the order of the rows."""
 
     def halve(name: str, given: Selection | Outputs) -> OnDemandTransform:
-        code = Code("halve", {"definitions": "def halve(x):\n    return x / 2\n"})
+        code = Code("halve", {MAIN: "def halve(x):\n    return x / 2\n"})
         return OnDemandTransform(name, {"x": given}, [Field("half", Float64)], code)
 
     first = halve("z", view()["wind"])
@@ -68,7 +68,7 @@ def test_a_chain_of_transforms_is_read_back(registry: Registry) -> None:
 
 def test_a_transform_that_breaks_its_contract_is_not_applied(registry: Registry) -> None:
     """One function that depends on its neighbours keeps the whole apply out."""
-    code = Code("center", {"definitions": "def center(x):\n    return x - x.mean()\n"})
+    code = Code("center", {MAIN: "def center(x):\n    return x - x.mean()\n"})
     bad = OnDemandTransform("center", {"x": view()["wind"]}, [Field("centered", Float64)], code)
     with pytest.raises(DefinitionError, match="center@1"):
         registry.apply(declare(FeatureService("fraud", [view(), bad])), "ann", NOW_US)
