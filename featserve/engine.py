@@ -67,7 +67,8 @@ def read(
         start = stop
     if plan.steps:
         answer.slots.update((request_slot(name), col) for name, col in request_columns.items())
-        answer.slots[REQUEST_TIME] = Column(Timestamp, np.full(rows, now_us))
+        if plan.request_time:
+            answer.slots[REQUEST_TIME] = Column(Timestamp, np.full(rows, now_us))
         run(plan.steps, answer.slots, rows, stages)
         if stages is not None:
             stages.begin("place")
@@ -163,8 +164,12 @@ def _place(answer: _Answer, plan: ReadPlan, rows: int) -> None:
             assert place.column is not None
             answer.columns[place.column] = col
             continue
-        with np.errstate(over="ignore", invalid="ignore"):  # as in _fill
-            answer.values[:, place.tensor : place.tensor + place.type.length] = col.values.reshape(rows, -1)
+        target = slice(place.tensor, place.tensor + place.type.length) if place.type.vector else place.tensor
+        if place.type.floating and answer.values.dtype != col.values.dtype:
+            with np.errstate(over="ignore", invalid="ignore"):  # as in _fill
+                answer.values[:, target] = col.values
+        else:
+            answer.values[:, target] = col.values
         if col.valid is not None and not place.type.floating and not place.has_default:
             answer.values[~col.valid, place.tensor] = np.nan
 

@@ -13,7 +13,7 @@ from featserve.catalog import Snapshot
 from featserve.codec import RowCodec, key_prefix
 from featserve.definitions import FeatureService, FeatureView, Selection
 from featserve.schema import FeatureSchema, ServiceSchema, ViewSchema
-from featserve.transform import Step, compile_steps, slot_of
+from featserve.transform import REQUEST_TIME, Step, compile_steps, slot_of
 from featserve.types import Float64, Int32, Type
 
 Place = slice | list[int]
@@ -56,12 +56,13 @@ class OutputPlace:
 
 @dataclass(frozen=True, slots=True)
 class ReadPlan:
-    """Everything that a request for one service needs."""
+    """Everything that a request for one service needs. ``request_time``: whether a step takes that."""
 
     schema: ServiceSchema
     views: tuple[ViewRead, ...]
     steps: tuple[Step, ...]
     outputs: tuple[OutputPlace, ...]
+    request_time: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +162,9 @@ def compile_service(service: FeatureService) -> ReadPlan:
         if f.view is None
     )
     views = tuple(_compile_read(view, i, schema, inputs) for i, view in enumerate(service.views))
-    return ReadPlan(schema, views, compile_steps(service.transforms), outputs)
+    steps = compile_steps(service.transforms)
+    timed = any(parameter.slot == REQUEST_TIME for step in steps for parameter in step.parameters)
+    return ReadPlan(schema, views, steps, outputs, timed)
 
 
 def _compile_read(view: FeatureView, index: int, schema: ServiceSchema, inputs: Iterable[Selection]) -> ViewRead:

@@ -22,6 +22,7 @@ REQUEST_TIME = "request_time"
 
 STRINGS = np.dtypes.StringDType()
 INSTANTS = np.dtype("<M8[us]")
+OBJECTS = np.dtype(object)
 
 Slots = dict[str, Column]
 
@@ -32,16 +33,35 @@ def request_slot(name: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """One transform, compiled.
+class Parameter:
+    """One parameter of a function: the slot that it is read from.
 
-    ``inputs``: for each parameter its slot, and whether a null there is one: a default stands in for it.
+    ``nullable``: whether a null there is one; otherwise a default stands in for it.
     """
+
+    name: str
+    slot: str
+    nullable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One output of a function, the slot that it goes to, and the NumPy dtype that it must have."""
+
+    name: str
+    slot: str
+    field: Field
+    dtype: np.dtype[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One transform, compiled. ``strict``: rows with a null input are kept from the function."""
 
     id: str
     function: Any
-    inputs: tuple[tuple[str, str, bool], ...]
-    outputs: tuple[tuple[str, Field], ...]
+    parameters: tuple[Parameter, ...]
+    results: tuple[Result, ...]
     strict: bool
 
 
@@ -51,12 +71,21 @@ def compile_steps(transforms: Sequence[OnDemandTransform]) -> tuple[Step, ...]:
         Step(
             t.id,
             t.code.function,
-            tuple((name, slot_of(given), field_of(given).default is None) for name, given in t.inputs.items()),
-            tuple((f"{t.name}.{f.name}", f) for f in t.outputs),
+            tuple(Parameter(name, slot_of(given), field_of(given).default is None) for name, given in t.inputs.items()),
+            tuple(Result(f.name, f"{t.name}.{f.name}", f, _dtype(f.type)) for f in t.outputs),
             t.nulls == "strict",
         )
         for t in transforms
     )
+
+
+def _dtype(type: Type) -> np.dtype[Any]:
+    """Return the NumPy dtype in which functions take and return values of a type."""
+    special: dict[Type, np.dtype[Any]] = {String: STRINGS, Bytes: OBJECTS, Timestamp: INSTANTS}
+    if type in special:
+        return special[type]
+    assert type.dtype is not None
+    return type.dtype
 
 
 def slot_of(given: object) -> str:
@@ -94,65 +123,73 @@ def run(steps: Sequence[Step], slots: Slots, rows: int, stages: Stages | None = 
         for step in steps:
             if stages is not None:
                 stages.begin(f"transform {step.id}")
-            given = {name: slots[slot] if null else without_nulls(slots[slot]) for name, slot, null in step.inputs}
+            given = [slots[p.slot] if p.nullable else without_nulls(slots[p.slot]) for p in step.parameters]
             answers = _strict(step, given, rows) if step.strict else _call(step, given, rows)
-            for (slot, f), answer in zip(step.outputs, answers, strict=True):
-                slots[slot] = with_default(f, answer)
+            for result, answer in zip(step.results, answers, strict=True):
+                slots[result.slot] = with_default(result.field, answer)
 
 
-def _strict(step: Step, given: Mapping[str, Column], rows: int) -> list[Column]:
+def _strict(step: Step, given: list[Column], rows: int) -> list[Column]:
     """Call the function with the rows that have no null input; the others' outputs are null."""
-    masks = [col.valid for col in given.values() if col.valid is not None]
+    masks = [col.valid for col in given if col.valid is not None]
     if not masks:
         return _call(step, given, rows)
     seen: Mask = reduce(np.logical_and, masks)
+    given = [without_nulls(col) for col in given]
     if seen.all():
-        return _call(step, {name: without_nulls(col) for name, col in given.items()}, rows)
-    index = np.nonzero(seen)[0]
+        return _call(step, given, rows)
+    index = np.flatnonzero(seen)
+    answers = _call(step, [col.take(index) for col in given], len(index))
     if not len(index):
-        return [_nulls(f.type, rows) for _, f in step.outputs]
-    taken = {name: without_nulls(col).take(index) for name, col in given.items()}
+        return [_nulls(result.field.type, rows) for result in step.results]
     place = np.where(seen, np.cumsum(seen) - 1, 0)
-    answers = []
-    for col in _call(step, taken, len(index)):
-        spread = Column(col.type, col.values, col.offsets, col.valid).take(place)
-        answers.append(
-            Column(spread.type, spread.values, spread.offsets, seen if spread.valid is None else seen & spread.valid)
-        )
-    return answers
+    spread = [col.take(place) for col in answers]
+    return [
+        Column(col.type, col.values, col.offsets, seen if col.valid is None else seen & col.valid) for col in spread
+    ]
 
 
-def _call(step: Step, given: Mapping[str, Column], rows: int) -> list[Column]:
-    arguments: dict[str, Any] = {name: _argument(col) for name, col in given.items()}
+def _call(step: Step, given: list[Column], rows: int) -> list[Column]:
+    """Call the function with columns of ``rows`` rows; without a row there is nothing to ask it."""
+    if not rows:
+        return [_nulls(result.field.type, 0) for result in step.results]
+    arguments: dict[str, Any] = {}
+    for parameter, col in zip(step.parameters, given, strict=True):
+        arguments[parameter.name] = _argument(col if col.valid is None else _filled(col, _nulls(col.type, 1)))
     if not step.strict:
-        arguments["valid"] = {name: _read_only(_mask(col)) for name, col in given.items()}
+        arguments["valid"] = {p.name: _read_only(_mask(col)) for p, col in zip(step.parameters, given, strict=True)}
     try:
         answer = step.function(**arguments)
     except Exception as error:
         raise TransformError(
             f"transform {step.id} failed: {error.__class__.__name__}: {error}", metadata={"transform": step.id}
         ) from error
-    names = [f.name for _, f in step.outputs]
+    if isinstance(answer, np.ndarray | tuple) and len(step.results) == 1:
+        return [_answer(step, step.results[0], answer, rows)]
+    names = [result.name for result in step.results]
     if not isinstance(answer, Mapping):
-        if len(names) != 1:
-            raise broken(
-                step.id, f"returned {_kind(answer)}; it declares {len(names)} outputs and returns a mapping of them"
-            )
-        answer = {names[0]: answer}
-    if sorted(answer) != sorted(names):
-        raise broken(step.id, f"returned outputs {sorted(answer)}; it declares {sorted(names)}")
-    return [_answer(step, f, answer[f.name], rows) for _, f in step.outputs]
+        raise broken(step.id, f"returned {_kind(answer)}; it declares {_declared(names)}")
+    if sorted(answer, key=str) != sorted(names):
+        raise broken(step.id, f"returned outputs {list(answer)}; it declares {names}")
+    return [_answer(step, result, answer[result.name], rows) for result in step.results]
+
+
+def _declared(names: list[str]) -> str:
+    if len(names) == 1:
+        return f"output {names[0]!r}, and returns its array"
+    return f"{len(names)} outputs, and returns a mapping of their arrays by name"
 
 
 def _argument(col: Column) -> Array:
     """Return a column as the function takes it: read-only."""
+    if col.offsets is None:
+        return _read_only(col.values.view(INSTANTS) if col.type is Timestamp else col.values)
+    cells = col.to_bytes_list()
     if col.type is String:
-        return _read_only(np.array([v.decode() for v in col.to_bytes_list()], STRINGS))
-    if col.type is Bytes:
-        values = np.empty(len(col), object)
-        values[:] = col.to_bytes_list()
-        return _read_only(values)
-    return _read_only(col.values.view(INSTANTS) if col.type is Timestamp else col.values)
+        return _read_only(np.array([cell.decode() for cell in cells], STRINGS))
+    values = np.empty(len(col), object)
+    values[:] = cells
+    return _read_only(values)
 
 
 def _read_only(values: Array) -> Array:
@@ -161,37 +198,65 @@ def _read_only(values: Array) -> Array:
     return view
 
 
-def _answer(step: Step, f: Field, answer: Any, rows: int) -> Column:
-    """Return one output as a column, proved to be of the declared type and length."""
+def _answer(step: Step, result: Result, answer: Any, rows: int) -> Column:
+    """Return one output as a column, proved to be of the declared type and length. A NaT is a null."""
+    type = result.field.type
     values, valid = answer if isinstance(answer, tuple) and len(answer) == 2 else (answer, None)
-    shape = (rows, f.type.length) if f.type.vector else (rows,)
-    expected = {String: STRINGS, Bytes: np.dtype(object), Timestamp: INSTANTS}.get(f.type, f.type.dtype)
-    if not isinstance(values, np.ndarray) or values.dtype != expected or values.shape != shape:
+    shape = (rows, type.length) if type.vector else (rows,)
+    if not isinstance(values, np.ndarray) or values.dtype != result.dtype or values.shape != shape:
         raise broken(
             step.id,
-            f"returned {_kind(values)} for output {f.name!r}; it declares {f.type}: {expected} of shape {shape}",
+            f"returned {_kind(values)} for output {result.name!r}; it declares {type}: {result.dtype} of shape {shape}",
         )
     if valid is not None:
         if not isinstance(valid, np.ndarray) or valid.dtype != np.bool_ or valid.shape != (rows,):
             raise broken(
-                step.id, f"returned {_kind(valid)} as the mask of output {f.name!r}; a mask is bool of shape {(rows,)}"
+                step.id,
+                f"returned {_kind(valid)} as the mask of output {result.name!r}; a mask is bool of shape {(rows,)}",
             )
         valid = None if valid.all() else valid
-    if f.type.variable:
-        held = values.tolist() if valid is None else [v if ok else None for v, ok in zip(values, valid, strict=True)]
-        return column(f.type, held, f"{step.id}.{f.name}")
-    stored: Array = values.view("<i8") if f.type is Timestamp else values
-    return Column(f.type, np.ascontiguousarray(stored), None, valid)
+    if type.variable:
+        return _texts(step, result, values, valid)
+    if type is Timestamp:
+        missing = np.isnat(values)
+        if missing.any():
+            valid = ~missing if valid is None else valid & ~missing
+        values = values.view("<i8")
+    return Column(type, np.ascontiguousarray(values), None, valid)
+
+
+def _texts(step: Step, result: Result, values: Array, valid: Mask | None) -> Column:
+    """Return an output of strings or bytes as a column."""
+    cells: list[Any] = values.tolist()
+    lengths: Any
+    if result.field.type is String:
+        text = "".join(cells)
+        data = text.encode()
+        lengths = np.strings.str_len(values) if len(data) == len(text) else [len(cell.encode()) for cell in cells]
+    else:
+        if valid is not None:
+            cells = [cell if ok else b"" for cell, ok in zip(cells, valid.tolist(), strict=True)]
+        for row, cell in enumerate(cells):
+            if not isinstance(cell, bytes):
+                raise broken(step.id, f"returned {_kind(cell)} in row {row} of output {result.name!r}, not bytes")
+        data, lengths = b"".join(cells), [len(cell) for cell in cells]
+    offsets = np.zeros(len(cells) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return Column(result.field.type, np.frombuffer(data, np.uint8), offsets, valid)
 
 
 def with_default(f: Field, col: Column) -> Column:
     """Return a feature's column with its default, else NaN, zero or nothing, in the place of its nulls."""
     if col.valid is None:
         return col
-    default = column(f.type, [f.value(f.default)]) if f.default is not None else _nulls(f.type, 1)
-    both = _concatenated(without_nulls(col), default)
-    filled = both.take(np.where(col.valid, np.arange(len(col)), len(col)))
-    return Column(col.type, filled.values, filled.offsets, col.valid)
+    return _filled(col, column(f.type, [f.value(f.default)]) if f.default is not None else _nulls(f.type, 1))
+
+
+def _filled(col: Column, filler: Column) -> Column:
+    """Return a column with the one value of ``filler`` in the place of each null."""
+    assert col.valid is not None
+    both = _concatenated(col, filler).take(np.where(col.valid, np.arange(len(col)), len(col)))
+    return Column(col.type, both.values, both.offsets, col.valid)
 
 
 def without_nulls(col: Column) -> Column:
