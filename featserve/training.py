@@ -236,7 +236,8 @@ def _read_file(path: Path, wanted: Mapping[str, Type], time: str) -> Any:
         raise SourceError(f"labels {path}: a label file is .parquet or .csv")
     try:
         if path.suffix == ".parquet":
-            return pyarrow.parquet.read_table(path)
+            with pyarrow.parquet.ParquetFile(path) as file:  # read_table would load pandas
+                return file.read()
         types = {name: arrow_type(type_) for name, type_ in wanted.items()} | {time: arrow_type(Timestamp)}
         return pyarrow.csv.read_csv(path, convert_options=pyarrow.csv.ConvertOptions(column_types=types))
     except FileNotFoundError:

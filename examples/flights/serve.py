@@ -58,7 +58,7 @@ def main() -> None:
 
 def tell(address: str) -> None:
     """Say how to ask the server, in a terminal and in Python."""
-    flights = {name: flights_at(THEN).slice(0, 3)[name].to_pylist() for name in (*KEYS, REQUEST)}
+    flights = {name: flights_at(THEN).slice(0, 2)[name].to_pylist() for name in (*KEYS, REQUEST)}
     words = [f"{name}={','.join(map(str, values))}" for name, values in flights.items()]
     program = Path(sys.executable).with_name("featserve")
     shown = program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program

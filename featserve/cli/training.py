@@ -175,11 +175,10 @@ def show_report(report: LeakageReport) -> None:
             [
                 ("service", report.service),
                 ("label", f"{report.label} of {counted(report.rows, 'row')}"),
-                (
-                    "joins",
-                    "honest: as known at the label's time; event time only: as if known at once; latest value: the",
-                ),
-                ("", "newest row of all. Correlation with the label, and rows whose value is not the honest one."),
+                ("honest", "correlation with the label, of what was known at the label's time"),
+                ("event time only", "the same, as if rows were known from their event time on"),
+                ("latest value", "the same, with each entity's newest row of all"),
+                ("rows", "how many labels have another value than the honest one then"),
             ]
         ),
         "",
