@@ -25,29 +25,52 @@ def is_frame(data: object) -> bool:
     return not isinstance(data, Mapping) and (hasattr(data, "column_names") or hasattr(data, "columns"))
 
 
-def mapping(data: Frame, wanted: Iterable[str]) -> dict[str, Any]:
-    """Return the columns of ``data`` by name: all of a mapping, those ``wanted`` of a frame, which may hold more."""
+def mapping(data: Frame, wanted: Iterable[str], where: str) -> dict[str, Any]:
+    """Return the columns of ``data`` by name: all of a mapping, those ``wanted`` of a frame, which may hold more.
+
+    ``where`` names the whole in errors.
+    """
     if isinstance(data, Mapping):
-        return dict(data)
+        return {name: _values(values) for name, values in data.items()}
+    if hasattr(data, "collect"):
+        raise invalid(where, f"a {data.__class__.__name__} holds no rows yet; collect it first")
     if not is_frame(data):
-        raise invalid("keys", f"expected a mapping of lists or arrays, or a frame, got {data.__class__.__name__}")
+        raise invalid(where, f"expected a mapping of lists or arrays, or a frame, got {data.__class__.__name__}")
     names = [str(name) for name in getattr(data, "column_names", getattr(data, "columns", ()))]
-    return {name: _values(data[name]) for name in wanted if name in names}
+    chosen = [name for name in wanted if name in names]
+    for name in chosen:
+        if names.count(name) > 1:
+            raise invalid(f"{where}.{name}", "the column stands twice in the frame")
+    return {name: _values(data[name]) for name in chosen}
 
 
 def _values(series: Any) -> Any:
-    """Return one column of a frame as an array, or as a list where it has nulls or is no plain array."""
+    """Return one column of another library as an array, or as a list where that does not hold all of it.
+
+    Nulls are None or NaT, and for pandas NaN, which is how it marks them. What is no such column is returned as it is.
+    """
     if hasattr(series, "to_pylist"):  # pyarrow
-        return series.to_pylist() if series.null_count or not _plain(str(series.type)) else series.to_numpy()
-    if hasattr(series, "null_count"):  # polars
-        return series.to_list() if series.null_count() or not _plain(str(series.dtype)) else series.to_numpy()
+        kind, nulls = str(series.type), series.null_count
+        if not _in_array(kind, nulls):
+            return series.to_pylist()
+        return series.to_numpy() if hasattr(series, "num_chunks") else series.to_numpy(zero_copy_only=False)
+    if hasattr(series, "to_physical"):  # polars
+        return series.to_numpy() if _in_array(str(series.dtype), series.null_count()) else series.to_list()
+    if not hasattr(series, "isna") or not hasattr(series, "dtype"):
+        return series
+    if series.dtype.kind == "M" and not hasattr(series.dtype, "pyarrow_dtype"):
+        return series.to_numpy(f"M8[{series.dtype.unit}]" if hasattr(series.dtype, "tz") else None)
     if series.dtype.kind in "OTU" or series.isna().any():
         return [None if gone else value for value, gone in zip(series.tolist(), series.isna(), strict=True)]
     return series.to_numpy()
 
 
-def _plain(dtype: str) -> bool:
-    return dtype.lower().startswith(("int", "uint", "float", "double", "bool"))
+def _in_array(dtype: str, nulls: int) -> bool:
+    """Say whether a NumPy array holds a column of pyarrow's or polars': instants with nulls, numbers without."""
+    kind = dtype.lower()
+    if kind.startswith(("timestamp", "datetime", "date")):
+        return True
+    return not nulls and kind.startswith(("int", "uint", "float", "double", "bool"))
 
 
 def request_of(keys: Frame, request: Frame | None, schema: ServiceSchema) -> tuple[EntityKeys, dict[str, Column]]:
@@ -55,17 +78,17 @@ def request_of(keys: Frame, request: Frame | None, schema: ServiceSchema) -> tup
 
     ``request``: the other columns; None for a service that needs none, or for a frame of keys that holds them.
     """
-    checked = EntityKeys.of(mapping(keys, schema.keys), schema.keys)
+    checked = EntityKeys.of(mapping(keys, schema.keys, "keys"), schema.keys)
     if request is None:
         request = keys if is_frame(keys) else {}
     return checked, check_request_columns(
-        mapping(request, schema.request_columns), schema.request_columns, checked.count
+        mapping(request, schema.request_columns, "request_columns"), schema.request_columns, checked.count
     )
 
 
 def columns_of(data: Frame, expected: Mapping[str, Type]) -> dict[str, Column]:
     """Return the columns of rows to write; raises InvalidRequest that names what is missing, extra or wrong."""
-    given = mapping(data, expected)
+    given = mapping(data, expected, "rows")
     if given.keys() != expected.keys():
         raise column_names("columns", given, expected)
     columns = {name: column(type_, given[name], f"rows.{name}") for name, type_ in expected.items()}
@@ -80,12 +103,13 @@ def rows_of(data: Frame, expected: Mapping[str, Type], event_time: Any, known_at
     ``event_time`` and ``known_at``: the name of a column of ``data``, one datetime for all rows, or one for each.
     """
     extra = [name for name in (event_time, known_at) if isinstance(name, str)]
-    given = mapping(data, [*expected, *extra])
+    given = mapping(data, dict.fromkeys([*expected, *extra]), "rows")
     for name in extra:
         if name not in given:
             raise invalid("columns", f"there is no time column {name!r}{hint(name, given)}")
     taken = {name: given[name] for name in extra}
-    columns = columns_of({name: values for name, values in given.items() if name not in extra}, expected)
+    kept = {name: values for name, values in given.items() if name in expected or name not in extra}
+    columns = columns_of(kept, expected)
     rows = len(next(iter(columns.values())))
     known = (
         None
@@ -100,6 +124,7 @@ def times_of(what: str, values: Any, rows: int) -> Int64s:
     """Return int64 microseconds of shape (rows,) from one datetime or a sequence of them (naive means UTC)."""
     if isinstance(values, datetime | np.datetime64):
         values = [values] * rows
+    values = _values(values)
     if not isinstance(values, Sequence | np.ndarray):
         raise invalid(what, f"expected a datetime, datetimes or a column name, got {values.__class__.__name__}")
     times = column(Timestamp, values, what)

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from itertools import pairwise
 from typing import Any
 
@@ -189,7 +189,9 @@ def column(type: Type, values: Iterable[Any], what: str = "column") -> Column:
         values = values.tolist()
     elif isinstance(values, np.ndarray) and values.dtype.kind != "O":
         return _from_array(type, values, what)
-    if isinstance(values, _ONE_VALUE) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
+    dimensions = getattr(values, "ndim", 1)
+    flat = 1 <= dimensions <= 2 if type.vector else dimensions == 1
+    if isinstance(values, _ONE_VALUE) or not isinstance(values, Iterable) or not flat:
         raise invalid(what, f"expected a list or an array of {type}, got {_show(values)}")
     items = list(values)
     nan_is_null = type.variable or type in (Bool, Timestamp)
@@ -326,6 +328,8 @@ def _to_timestamp(type: Type, value: Any, what: str, row: int) -> int:
         return to_us(value)
     if isinstance(value, np.datetime64):
         return int(_micros(np.array([value]), what, row)[0])
+    if isinstance(value, date):
+        return to_us(datetime(value.year, value.month, value.day))
     return _to_int(type, value, what, row)
 
 
@@ -344,7 +348,7 @@ _CONVERT = {1: _to_bool, 2: _to_int, 3: _to_int, 4: _to_float, 5: _to_float, 8: 
 
 
 def _show(value: object) -> str:
-    text = repr(value)
+    text = repr(value).replace("\n", " ")
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({value.__class__.__name__})"
 
 

@@ -113,6 +113,7 @@ ACCEPTED: list[tuple[Type, Any, list[Any]]] = [
     (Timestamp, np.array([NOON_US * 1_000], "M8[ns]"), [NOON]),
     (Timestamp, np.array([NOON_US]), [NOON]),
     (Timestamp, np.array(["NaT"], "M8"), [None]),
+    (Timestamp, [dt.date(2024, 1, 1)], [dt.datetime(2024, 1, 1, tzinfo=UTC)]),
     (Timestamp, np.array([NOON], object), [NOON]),
     (Vector(2), [[1, 2.5], (0.0, -1), np.array([3, 4]), None], [[1.0, 2.5], [0.0, -1.0], [3.0, 4.0], None]),
     (Vector(2), np.array([[1, 2], [3, 4]], np.int8), [[1.0, 2.0], [3.0, 4.0]]),
@@ -165,7 +166,7 @@ REFUSED: list[tuple[Type, Any, str]] = [
     (Bytes, ["a"], r"got 'a' \(str\)"),
     (Bytes, np.array(["a"]), "an array of dtype <U1"),
     (Timestamp, ["2024-01-01"], r"got '2024-01-01' \(str\)"),
-    (Timestamp, [dt.date(2024, 1, 1)], "got datetime.date"),
+    (Timestamp, [dt.time(12)], "got datetime.time"),
     (Timestamp, [1.5], r"got 1.5 \(float\)"),
     (Timestamp, [2**63], "out of range"),
     (Timestamp, np.array([1.5]), "an array of dtype float64"),
@@ -194,6 +195,8 @@ REFUSED: list[tuple[Type, Any, str]] = [
     (Int64, b"UA", r"got b'UA' \(bytes\)"),
     (String, {"a": 1}, r"got \{'a': 1\} \(dict\)"),
     (String, {"a"}, r"got \{'a'\} \(set\)"),
+    (String, pd.DataFrame({"a": ["b"]}), r"expected a list or an array of string, got .*\(DataFrame\)"),
+    (Vector(2), np.zeros((1, 1, 2), object), r"expected a list or an array of vector\[2\]"),
     (Int64, np.ma.masked_array([1.5, 2.5], [False, True]), r"c\[0\]: expected int64, got 1.5"),
 ]
 
