@@ -45,7 +45,6 @@ class Stages:
 
     def timed(self) -> list[Stage]:
         """Return the stages with their times, once the last one has ended."""
-        stops = [at for _, at in self.begun[1:]] + [self.ended_ns]
-        return [
-            Stage(name, at - self.begun[0][1], stop - at) for (name, at), stop in zip(self.begun, stops, strict=True)
-        ]
+        begun = self.begun.copy()  # a write whose caller is gone may still go on
+        stops = [at for _, at in begun[1:]] + [self.ended_ns]
+        return [Stage(name, at - begun[0][1], stop - at) for (name, at), stop in zip(begun, stops, strict=True)]

@@ -46,6 +46,7 @@ IMPORTS_LATE = {
     "featserve.matrix": "pandas and pyarrow, when a frame or a table is asked for",
     "featserve.store": "the backend that is opened",
     "featserve.offline": "the engine that is opened",
+    "featserve.server.telemetry": "OpenTelemetry, where the settings ask for traces or metrics",
 }
 MAY_SWALLOW = re.compile(r"# .*\btop of a (background loop|request)$")
 BANNED_MODULE = re.compile(r"^(utils?|helpers?|common|base(_.*)?)$")

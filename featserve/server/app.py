@@ -22,6 +22,7 @@ from featserve.plan import Plans
 from featserve.registry import Registry
 from featserve.server.grpcio import GrpcioServer
 from featserve.server.service import Limits, Service
+from featserve.server.telemetry import Telemetry
 from featserve.store import open_store
 
 log = logging.getLogger("featserve.server")
@@ -51,9 +52,14 @@ async def serve(config: Config, ready: Callable[[str], None]) -> None:
             durability=config.store.durability,
             block_cache_mb=config.store.block_cache_mb,
             row_cache_mb=config.store.row_cache_mb,
+            count_lookups=config.telemetry.prometheus_port is not None,
         )
         try:
-            await _serve(config, registry, Engine(store, plans), ready)
+            telemetry = Telemetry.open(config, store)
+            try:
+                await _serve(config, registry, Engine(store, plans), telemetry, ready)
+            finally:
+                telemetry.close()
         finally:
             store.close()
     finally:
@@ -61,9 +67,11 @@ async def serve(config: Config, ready: Callable[[str], None]) -> None:
     log.info("stopped")
 
 
-async def _serve(config: Config, registry: Registry, engine: Engine, ready: Callable[[str], None]) -> None:
+async def _serve(
+    config: Config, registry: Registry, engine: Engine, telemetry: Telemetry, ready: Callable[[str], None]
+) -> None:
     limits = Limits(config.server.max_rows, int(config.server.max_future_skew_seconds * 1_000_000))
-    server = GrpcioServer(Service(engine, limits, clock_us), config.server)
+    server = GrpcioServer(Service(engine, limits, clock_us), config.server, telemetry)
     stop, reload = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -82,9 +90,11 @@ async def _serve(config: Config, registry: Registry, engine: Engine, ready: Call
         log.warning("nothing is applied: run `featserve apply`; what it applies is served without a restart")
     ready(address)
     follower = asyncio.create_task(_follow(registry, engine, reload, config.server.registry_poll_seconds))
+    loop_watcher = asyncio.create_task(telemetry.watch_loop())
     await stop.wait()
     log.info("draining", extra={"limit_seconds": config.server.drain_seconds})
     follower.cancel()
+    loop_watcher.cancel()
     await server.drain(config.server.drain_seconds)
 
 

@@ -19,15 +19,14 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from featserve._proto import serving_pb2 as pb
 from featserve.config import ServerConfig
 from featserve.errors import DeadlineExceeded, FeatserveError, Overloaded, ServingError, StoreError, invalid
-from featserve.server.service import READS, WRITES, Call, Service
+from featserve.server.service import READS, SERVICE_NAME, WRITES, Call, Service
 from featserve.server.status import DETAILS_KEY, encode_error
+from featserve.server.telemetry import Telemetry
 
 log = logging.getLogger("featserve.server")
 
-SERVICE_NAME = pb.DESCRIPTOR.services_by_name["FeatureServingService"].full_name
 HEALTH_NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 Context = grpc.aio.ServicerContext[bytes, bytes]
 
@@ -42,10 +41,10 @@ _CODES = {code.value[0]: code for code in grpc.StatusCode}
 class GrpcioServer:
     """A grpc.aio server of the service, with standard health checking and reflection."""
 
-    def __init__(self, service: Service, config: ServerConfig) -> None:
-        self._service = service
+    def __init__(self, service: Service, config: ServerConfig, telemetry: Telemetry) -> None:
+        self._service, self._telemetry = service, telemetry
         self._default_deadline_s = config.default_deadline_ms / 1_000
-        self._calls, self._most_calls, self._taken = 0, config.max_concurrent, 0
+        self._load, self._most_calls, self._taken = telemetry.load, config.max_concurrent, 0
         self._writer = ThreadPoolExecutor(1, "featserve-writer")
         size = config.max_message_mb << 20
         # Calls that gRPC holds until the event loop takes them on. Over this it ends them itself, as CANCELLED: cheaper
@@ -90,8 +89,11 @@ class GrpcioServer:
 
     def _handlers(self) -> grpc.GenericRpcHandler:
         # To the adapter every request is a stream, so that a call counts before its message is read.
+        service = self._service
         handlers: dict[str, Any] = {
-            name: grpc.stream_unary_rpc_method_handler(self._counted(partial(self._unary, run, method)))
+            name: grpc.stream_unary_rpc_method_handler(
+                self._counted(partial(self._unary, name, run, partial(method, service)))
+            )
             for methods, run in ((READS, self._read), (WRITES, self._in_writer))
             for name, method in methods.items()
         }
@@ -105,32 +107,34 @@ class GrpcioServer:
         """Return the handler of a method: ``handle``, unless too many calls are under way; errors as statuses."""
 
         async def counted(requests: object, context: Context) -> Answer:
-            if self._calls >= self._most_calls:
+            if self._load.active >= self._most_calls:
+                self._load.shed += 1
                 most = f"{self._most_calls:,} calls are under way, the most here ([server] max_concurrent)"
                 await abort(context, Overloaded(f"{most}; try again later"))
-            self._calls += 1
+            self._load.active += 1
             self._taken += 1
             try:
                 return await handle(context)
             except Exception as error:  # noqa: BLE001 - the top of a request
                 await abort(context, error)
             finally:
-                self._calls -= 1
+                self._load.active -= 1
 
         return counted
 
-    async def _unary(self, run: Any, method: Callable[[Service, bytes, Call], bytes], context: Context) -> bytes:
+    async def _unary(self, name: str, run: Any, method: Callable[[bytes, Call], bytes], context: Context) -> bytes:
         call = self._call(context)
-        # A deadline that the caller set ends the call by itself.
-        try:
-            async with asyncio.timeout(self._default_deadline_s if context.time_remaining() is None else None):
-                data = await message(context)
-                if data is None:
-                    raise invalid("request", "the call ended without one")
-                answer: bytes = await run(partial(method, self._service), data, call)
-                return answer
-        except TimeoutError:
-            raise DeadlineExceeded(f"the default deadline, {self._default_deadline_s:g} s, passed") from None
+        with self._telemetry.watch(name, call):
+            # A deadline that the caller set ends the call by itself.
+            try:
+                async with asyncio.timeout(self._default_deadline_s if context.time_remaining() is None else None):
+                    data = await message(context)
+                    if data is None:
+                        raise invalid("request", "the call ended without one")
+                    answer: bytes = await run(method, data, call)
+                    return answer
+            except TimeoutError:
+                raise DeadlineExceeded(f"the default deadline, {self._default_deadline_s:g} s, passed") from None
 
     async def _read(self, method: Callable[[bytes, Call], bytes], data: bytes, call: Call) -> bytes:
         return method(data, call)
@@ -138,6 +142,8 @@ class GrpcioServer:
     async def _in_writer(self, method: Callable[[bytes, Call], Answer], data: bytes, call: Call) -> Answer:
         """Run ``method`` in the writer thread when its turn comes, with what is then left of the deadline."""
         asked = time.monotonic()
+        if call.record is not None and call.record.stages is not None:
+            call.record.stages.begin("queue")
 
         def turn() -> Answer:
             assert call.remaining_s is not None
@@ -148,12 +154,17 @@ class GrpcioServer:
 
     async def _stream_features(self, context: Context) -> None:
         while (data := await message(context)) is not None:
-            await context.write(self._service.stream_features(data, self._call(context)))
+            call = self._call(context)
+            with self._telemetry.watch("StreamFeatures", call):
+                answer = self._service.stream_features(data, call)
+            await context.write(answer)
 
     async def _stream_rows(self, context: Context) -> bytes:
         stream = self._service.stream_rows()
         while (data := await message(context)) is not None:
-            await self._in_writer(stream.add, data, self._call(context))
+            call = self._call(context)
+            with self._telemetry.watch("StreamRows", call):
+                await self._in_writer(stream.add, data, call)
         return stream.finish()
 
     def _call(self, context: Context) -> Call:

@@ -14,7 +14,7 @@ from featserve.batch import Written
 from featserve.engine import NOTHING, Engine
 from featserve.errors import DeadlineExceeded, FeatserveError, invalid
 from featserve.matrix import FeatureMatrix
-from featserve.schema import ServiceSchema
+from featserve.plan import ReadPlan
 from featserve.server.status import encode_error
 from featserve.stages import Stages
 from featserve.wire import (
@@ -28,6 +28,8 @@ from featserve.wire import (
     parse,
 )
 
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["FeatureServingService"].full_name
+
 
 @dataclass(slots=True)
 class Record:
@@ -39,7 +41,7 @@ class Record:
 
     stages: Stages | None = None
     ages: bool = False
-    schema: ServiceSchema | None = None
+    plan: ReadPlan | None = None
     matrix: FeatureMatrix | None = None
     now_us: int = 0
     view: str = ""
@@ -51,13 +53,11 @@ class Record:
 class Call:
     """What a transport knows of one call: its metadata, and the seconds that are left until its deadline, if any.
 
-    ``waited_since_ns``: since when it waited for its turn, as ``time.perf_counter_ns`` says it; 0 where it did not.
     ``record``: given by who watches the call; None where nobody does.
     """
 
     metadata: Iterable[tuple[str, str | bytes]] = ()
     remaining_s: float | None = None
-    waited_since_ns: int = 0
     record: Record | None = None
 
 
@@ -82,13 +82,13 @@ class Service:
 
     def get_features(self, data: bytes, call: Call) -> bytes:
         """Answer a GetFeaturesRequest."""
-        check_deadline(call)
+        begin(call)
         return self._features(parse(pb.GetFeaturesRequest, data), call.record).SerializeToString()
 
     def stream_features(self, data: bytes, call: Call) -> bytes:
         """Answer one message of a StreamFeatures call; an error is an answer, too."""
         try:
-            check_deadline(call)
+            begin(call)
             answer = self._features(parse(pb.StreamFeaturesRequest, data).request, call.record)
         except FeatserveError as error:
             if call.record is not None:
@@ -104,7 +104,7 @@ class Service:
             stages.begin("plan")
         plan = self.engine.plans.service(request.service)
         if record is not None:
-            record.schema = plan.schema
+            record.plan = plan
         if stages is not None:
             stages.begin("keys")
         now_us = self._clock_us()
@@ -137,14 +137,14 @@ class Service:
 
     def describe_service(self, data: bytes, call: Call) -> bytes:
         """Answer a DescribeServiceRequest."""
-        check_deadline(call)
+        begin(call)
         request = parse(pb.DescribeServiceRequest, data)
         schema = self.engine.plans.service(request.service).schema
         return pb.DescribeServiceResponse(schema=encode_schema(schema)).SerializeToString()
 
     def list_services(self, data: bytes, call: Call) -> bytes:
         """Answer a ListServicesRequest."""
-        check_deadline(call)
+        begin(call)
         parse(pb.ListServicesRequest, data)
         snapshot = self.engine.plans.snapshot
         answer = pb.ListServicesResponse()
@@ -163,13 +163,13 @@ class Service:
 
     def describe_view(self, data: bytes, call: Call) -> bytes:
         """Answer a DescribeViewRequest."""
-        check_deadline(call)
+        begin(call)
         plan = self.engine.plans.view(parse(pb.DescribeViewRequest, data).view)
         return encode_view(plan.view).SerializeToString()
 
     def write_rows(self, data: bytes, call: Call) -> bytes:
         """Answer a WriteRowsRequest: its rows are all written, or none."""
-        check_deadline(call)
+        begin(call)
         written = self._write(parse(pb.WriteRowsRequest, data), call.record)
         return pb.WriteRowsResponse(rows=written.rows, stored=written.stored).SerializeToString()
 
@@ -202,7 +202,7 @@ class RowStream:
     def add(self, data: bytes, call: Call) -> None:
         """Write one StreamRowsRequest; an error says how many messages before it were written."""
         try:
-            check_deadline(call)
+            begin(call)
             written = self._write(parse(pb.StreamRowsRequest, data).request, call.record)
         except FeatserveError as error:
             error.metadata["messages_written"] = str(self._totals.messages)
@@ -216,10 +216,12 @@ class RowStream:
         return self._totals.SerializeToString()
 
 
-def check_deadline(call: Call) -> None:
-    """Refuse work whose caller no longer waits for it."""
+def begin(call: Call) -> None:
+    """Begin the work of a call, or refuse it where its caller no longer waits."""
     if call.remaining_s is not None and call.remaining_s <= 0:
         raise DeadlineExceeded("the deadline passed before the request was begun; nothing was done")
+    if call.record is not None and call.record.stages is not None:
+        call.record.stages.begin("decode")
 
 
 READS = {

@@ -6,7 +6,7 @@ arrival. Batch read and batch write are the primitives; backends are named only 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal, Protocol
@@ -53,6 +53,9 @@ class OnlineStore(Protocol):
     def size_bytes(self) -> int:
         """Return the bytes that the store takes on disk or in memory."""
 
+    def cache_lookups(self) -> Mapping[str, tuple[int, int]]:
+        """Return how many look-ups in each of its caches hit and missed; empty where it counts none."""
+
     def close(self) -> None:
         """Close it; what was written stays. Closing twice is allowed."""
 
@@ -70,16 +73,28 @@ def newest(keys: Sequence[bytes], rows: Sequence[bytes]) -> dict[bytes, bytes]:
 
 
 def open_store(
-    path: Path, access: Access, *, durability: str = "process", block_cache_mb: int = 512, row_cache_mb: int = 64
+    path: Path,
+    access: Access,
+    *,
+    durability: str = "process",
+    block_cache_mb: int = 512,
+    row_cache_mb: int = 64,
+    count_lookups: bool = False,
 ) -> OnlineStore:
     """Open the embedded store in folder ``path``; "write" makes one where there is none.
 
-    Raises StoreLocked where another process has it open for writing, StoreError where it is missing or damaged.
+    ``count_lookups``: count what its caches hit and miss, which makes a read some percent slower. Raises StoreLocked
+    where another process has it open for writing, StoreError where it is missing or damaged.
     """
     from featserve.store.rocksdb import RocksStore
 
     return RocksStore(
-        path, access, fsync=durability == "fsync", block_cache_mb=block_cache_mb, row_cache_mb=row_cache_mb
+        path,
+        access,
+        fsync=durability == "fsync",
+        block_cache_mb=block_cache_mb,
+        row_cache_mb=row_cache_mb,
+        count_lookups=count_lookups,
     )
 
 

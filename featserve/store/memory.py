@@ -45,6 +45,9 @@ class MemoryStore:
     def size_bytes(self) -> int:
         return sum(len(key) + len(row) for key, row in self._open().items())
 
+    def cache_lookups(self) -> dict[str, tuple[int, int]]:
+        return {}
+
     def close(self) -> None:
         self._rows = None
 

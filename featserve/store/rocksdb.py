@@ -11,6 +11,7 @@ import errno
 import fcntl
 import operator
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -34,11 +35,22 @@ FILE_BYTES = 1 << 30
 class RocksStore:
     """A RocksDB database in folder ``path``."""
 
-    def __init__(self, path: Path, access: Access, *, fsync: bool, block_cache_mb: int, row_cache_mb: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        access: Access,
+        *,
+        fsync: bool,
+        block_cache_mb: int,
+        row_cache_mb: int,
+        count_lookups: bool = False,
+    ) -> None:
         self.path = path
         self._lock = threading.Lock()
         self._loads: set[_Load] = set()
         self._options = _options(block_cache_mb, row_cache_mb)
+        if count_lookups:
+            self._options.enable_statistics()
         self._write_options = rocksdict.WriteOptions()
         self._write_options.sync = fsync
         if access == "read" and not (path / "CURRENT").is_file():
@@ -117,6 +129,12 @@ class RocksStore:
             with suppress(FileNotFoundError):  # RocksDB removes files that it has merged into others
                 total += file.stat().st_size
         return total
+
+    def cache_lookups(self) -> dict[str, tuple[int, int]]:
+        told = self._options.get_statistics()
+        found = re.findall(r"^rocksdb\.(row|block)\.cache\.(hit|miss) COUNT : (\d+)$", told or "", re.MULTILINE)
+        counts = {(cache, result): int(count) for cache, result, count in found}
+        return {cache: (counts[cache, "hit"], counts[cache, "miss"]) for cache, result in counts if result == "hit"}
 
     def close(self) -> None:
         db, self._db = self._db, None
