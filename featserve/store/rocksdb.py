@@ -28,6 +28,8 @@ from featserve.store import Access, newest
 
 FORMAT_KEY = b"\x00featserve"
 FORMAT = b"rows 1"
+_WRITING: set[Path] = set()
+"""The stores that this process has open for writing."""
 FILE_BYTES = 1 << 30
 """A staged file that is this large is ended, even where the keys rise: a file is what RocksDB later merges whole."""
 
@@ -61,6 +63,8 @@ class RocksStore:
         self._access = access
         with translated(f"cannot open the store at {path}"):
             self._db: rocksdict.Rdict | None = _open(path, self._options, access)
+            if access == "write":
+                _WRITING.add(path.resolve())
             try:
                 self._check_format()
             except BaseException:
@@ -146,6 +150,9 @@ class RocksStore:
                 if "Writer has previous error" in str(error):
                     return
                 raise _translate(error, f"cannot close the store at {self.path}") from error
+            finally:
+                if self._access == "write":
+                    _WRITING.discard(self.path.resolve())
 
     def _opened(self) -> rocksdict.Rdict:
         if self._db is None:
@@ -272,6 +279,8 @@ class _Load:
 
 def is_locked(path: Path) -> bool:
     """Say whether another process holds RocksDB's lock on folder ``path``."""
+    if path.resolve() in _WRITING:
+        return False  # and closing its lock file would give back the lock that this process has
     try:
         with (path / "LOCK").open("rb") as lock:
             fcntl.lockf(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back when the file is closed
