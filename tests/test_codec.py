@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from featserve import codec as codec_module
 from featserve.batch import EventBatch
-from featserve.codec import BLOCK_ROWS, STAMP, RowCodec, Rows, check_key_sizes, encode_keys, key_prefix
+from featserve.codec import BLOCK_ROWS, STAMP, RowCodec, Rows, check_key_sizes, encode_keys, key_prefix, key_ranks
 from featserve.definitions import Entity, FeatureView, Field
 from featserve.errors import CorruptRow, InvalidRequest
 from featserve.types import (
@@ -137,6 +137,10 @@ def test_rows_are_what_the_layout_says(
         cells = cells_by_row(view, batch)
         rows = codec.encode(batch)
         assert rows == [naive_encode(view, s, c) for s, c in zip(stamps_of(batch), cells, strict=True)]
+        fixed = np.empty(len(batch), codec.dtype)
+        tail = codec.pack(batch, fixed)
+        picked = rng.integers(len(batch), size=7)
+        assert codec.join(fixed[picked], tail and tail.take(picked)) == [rows[i] for i in picked]
         decoded = read(codec, rows)
         naive = [naive_decode(view, row) for row in rows]
         events, known = decoded.times()
@@ -369,6 +373,14 @@ def test_keys_are_what_the_layout_says(rng: np.random.Generator) -> None:
                 key += cell[::-1] if not type.variable else cell if last else struct.pack(">I", len(cell)) + cell
             expected.append(key)
         assert encode_keys(list(columns.values())) == expected
+
+
+def test_ranks_compare_as_keys_do(rng: np.random.Generator) -> None:
+    """Sorting by rank sorts by key."""
+    for _ in range(50):
+        columns = list(random_keys(rng, random_entity(rng, "e"), 12).values())
+        keys, ranks = encode_keys(columns), key_ranks(columns)
+        assert [keys[i] for i in np.argsort(ranks)] == sorted(keys)
 
 
 def test_prefixes_tell_views_apart() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from featserve.errors import StoreError
-from featserve.store import OnlineStore, open_store
+from featserve.store import OnlineStore, open_store, rocksdb
 from featserve.store.memory import MemoryStore
 
 Stamp = tuple[int, int, int]
@@ -238,6 +238,40 @@ def test_random_history_equals_the_model(store: OnlineStore, rng: np.random.Gene
         for item in loaded:
             model.add(*item)
         assert store.read_many(keys) == model.expected(keys)
+
+
+@pytest.mark.parametrize("file_bytes", [1 << 30, 2_000])
+def test_a_load_of_sorted_chunks(
+    store: OnlineStore, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, file_bytes: int
+) -> None:
+    """Chunks that follow each other in the order of keys, run after run, keep the order of stamps as any others do."""
+    monkeypatch.setattr(rocksdb, "FILE_BYTES", file_bytes)
+    model = Model()
+    keys = [b"key %05d" % i for i in range(1_200)]
+    loaded: list[tuple[bytes, Stamp, bytes]] = []
+    written = random_rows(rng, keys, 200)
+    store.write_many([key for key, _, _ in written], [row(s, p) for _, s, p in written])
+    for item in written:
+        model.add(*item)
+    with store.load() as load:
+        for run in range(3):
+            for first in range(0, len(keys), 100):
+                stamps = rng.integers(-2, 3, size=(100, 3)).tolist()
+                chunk = [
+                    (key, (a, b, c), b"run %d" % run) for key, (a, b, c) in zip(keys[first:], stamps, strict=False)
+                ]
+                chunk = chunk[: int(rng.integers(0, 101))]
+                load.add([key for key, _, _ in chunk], [row(s, p) for _, s, p in chunk])
+                loaded += chunk
+                if rng.random() < 0.2:
+                    written = random_rows(rng, keys, 3)
+                    store.write_many([key for key, _, _ in written], [row(s, p) for _, s, p in written])
+                    for item in written:
+                        model.add(*item)
+    for item in loaded:
+        model.add(*item)
+    assert store.read_many(keys) == model.expected(keys)
+    assert load.stored == sum(payload.startswith(b"run") for _, payload in model.rows.values())
 
 
 def random_rows(rng: np.random.Generator, keys: Sequence[bytes], rows: int) -> list[tuple[bytes, Stamp, bytes]]:

@@ -120,6 +120,20 @@ def test_one_writer(path: Path) -> None:
     opened(path).close()
 
 
+def test_looking_at_the_lock_does_not_give_it_back(path: Path) -> None:
+    """The process that writes may ask who holds the store, and no other gets to write by it."""
+    store = opened(path)
+    assert not is_locked(path)
+    script = f"""
+        from pathlib import Path
+        from featserve.store import open_store
+        open_store(Path({str(path)!r}), "write")
+    """
+    refused = subprocess.run([sys.executable, "-c", dedent(script)], check=False, capture_output=True, text=True)
+    assert "StoreLocked" in refused.stderr
+    store.close()
+
+
 def test_a_reader_beside_the_writer(path: Path) -> None:
     """A read-only opening sees the rows of its moment, whatever the writer does after it, and cannot write."""
     writer = opened(path)
