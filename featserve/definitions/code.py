@@ -73,7 +73,10 @@ class Code:
         def find(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> ModuleType:
             if name not in captured:
                 return builtins.__import__(name, globals, locals, fromlist, level)
-            return load(name if fromlist else name.partition(".")[0])
+            for child in [f"{name}.{item}" for item in fromlist or ()]:
+                if child in captured:
+                    load(child)
+            return load(name) if fromlist else load(name.partition(".")[0])
 
         try:
             function: Function = getattr(load(MAIN), self.entry)
