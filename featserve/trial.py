@@ -1,138 +1,110 @@
 """Tries an on-demand transform before it is applied: on generated batches, whole, in parts and row by row.
 
 Comes in: a definition. Goes out: nothing, or a DefinitionError that says how the function breaks the contract: it
-raises, its answer is not as declared, it depends on a row's neighbours, changes its inputs, or reads a clock, a file or
+raises, its answer is not as declared, it depends on a row's neighbours, changes its inputs, or uses a clock, a file or
 random numbers. Seeded by the definition's hash, so the same function is judged the same everywhere.
 """
 
 from __future__ import annotations
 
-import ast
-import sys
-from collections.abc import Sequence
-from types import FrameType
-from typing import Any
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from featserve.definitions import Field, OnDemandTransform
+from featserve.definitions.code import Code
 from featserve.errors import DefinitionError, TransformError
+from featserve.purity import called_outside, named_outside
 from featserve.transform import Slots, Step, compile_steps, field_of, run, slot_of
-from featserve.types import Column, Mask, Timestamp, column
+from featserve.types import Array, Column, Mask, Timestamp, column
 
 ROWS = 61
 """Odd and not small: blocks, vector lanes and their remainders are all met."""
-
-IMPURE = {
-    "time": "reads the clock",
-    "datetime": "reads the clock",
-    "random": "draws random numbers",
-    "_random": "draws random numbers",
-    "numpy.random": "draws random numbers",
-    "secrets": "draws random numbers",
-    "posix": "uses the operating system",
-    "io": "opens files",
-    "_io": "opens files",
-    "socket": "uses the network",
-    "_socket": "uses the network",
-}
-CLOCKS = ("now", "utcnow", "today")
+PARTS = (1, 7, 32)
+REPEATS = 137
+"""How often the rows stand in the largest batch, which is longer than what NumPy works on at once."""
 
 
 def check_transform(transform: OnDemandTransform) -> None:
-    """Refuse a transform that breaks the contract of ``semantics: on-demand transforms``."""
-    what = f"transform {transform.id}"
+    """Refuse a transform that breaks the contract of an on-demand transform, with a DefinitionError that says how."""
+    what = f"transform {transform.id} is refused:"
+    _refuse_outside(what, named_outside(transform.code))
     rng = np.random.default_rng(int(transform.hash[:16], 16))
     steps = compile_steps([transform])
-    for label, nulls in (("without nulls", False), ("with nulls", True)):
-        slots = {slot_of(given): _random(rng, field_of(given), nulls) for given in transform.inputs.values()}
-        try:
-            whole = _watched(transform, slots, ROWS)
-            again = _outputs(transform, steps, slots, ROWS)
-            for size in (1, 7, 32):
-                parts = [
-                    _outputs(transform, steps, _part(slots, start, start + size), min(size, ROWS - start))
-                    for start in range(0, ROWS, size)
-                ]
-                _compare(what, transform, whole, parts, size)
-        except TransformError as error:
-            raise DefinitionError(f"{what} is refused: on generated rows {label}, {error}") from error
-        if any(not _same(a, b).all() for a, b in zip(whole, again, strict=True)):
-            raise DefinitionError(f"{what} is refused: called twice with the same rows, it gave two answers")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for label, nulls in (("without nulls", False), ("with nulls", True)):
+            slots = {slot_of(given): _random(rng, field_of(given), nulls) for given in transform.inputs.values()}
+            before = {name: col.take(np.arange(ROWS)) for name, col in slots.items()}
+            try:
+                whole = _outputs(steps, slots, ROWS)
+                watched = _watched(what, transform, slots)
+                for size, start, part in _parts(steps, slots):
+                    _compare(what, steps, whole, start, part, size)
+            except TransformError as error:
+                raise DefinitionError(f"{what} on generated rows {label}, {error}") from error
+            if not all(_same(a, b).all() for a, b in zip(whole, watched, strict=True)):
+                raise DefinitionError(f"{what} called twice with the same rows, it gave two answers")
+            if not all(_same(slots[name], before[name]).all() for name in before):
+                raise DefinitionError(f"{what} it changes its inputs; copy an array before you change it")
 
 
-def _outputs(transform: OnDemandTransform, steps: Sequence[Step], slots: Slots, rows: int) -> list[Column]:
+def _outputs(steps: Sequence[Step], slots: Slots, rows: int) -> list[Column]:
     filled = dict(slots)
     run(steps, filled, rows)
-    return [filled[f"{transform.name}.{f.name}"] for f in transform.outputs]
+    return [filled[result.slot] for step in steps for result in step.results]
 
 
-def _watched(transform: OnDemandTransform, slots: Slots, rows: int) -> list[Column]:
-    """Run the function while every call that its own code makes is seen; refuse what a pure function does not call."""
-    impure: list[str] = []
-    own = f"<{transform.code.entry}: "
-
-    def watch(frame: FrameType, event: str, called: Any) -> None:
-        caller = frame if event == "c_call" else frame.f_back
-        if event not in ("call", "c_call") or caller is None or not caller.f_code.co_filename.startswith(own):
-            return
-        if event == "call":
-            module, name = frame.f_globals.get("__name__", ""), frame.f_code.co_name
-        else:
-            module, name = _home(called), called.__name__
-        if module in IMPURE and (module != "datetime" or name in CLOCKS):
-            impure.append(f"it {IMPURE[module]} ({module}.{name})")
-
-    for source in transform.code.modules.values():
-        impure += [f"it reads the clock (datetime64({clock!r}))" for clock in _written_clocks(source)]
-    steps = compile_steps([transform])
-    before = sys.getprofile()
-    sys.setprofile(watch)
-    try:
-        answer = _outputs(transform, steps, slots, rows)
-    finally:
-        sys.setprofile(before)
-    if impure:
-        raise DefinitionError(
-            f"transform {transform.id} is refused: {impure[0]}; a transform is a pure function of its declared inputs "
-            "(declare RequestTime() for the instant that is asked for)"
-        )
+def _watched(what: str, transform: OnDemandTransform, slots: Slots) -> list[Column]:
+    """Make the function anew and run it while its calls are seen; it has run once, so what it imports is there."""
+    code = Code(transform.code.entry, transform.code.modules)
+    with called_outside(code) as found:
+        answer = _outputs(compile_steps([replace(transform, code=code)]), slots, ROWS)
+    _refuse_outside(what, found)
     return answer
 
 
-def _home(called: Any) -> str:
-    """Return the module of a built-in function, or that of the object whose method it is."""
-    owner = getattr(called, "__self__", None)
-    kind = owner if isinstance(owner, type) else type(owner)
-    if kind.__module__ not in ("builtins", "module"):
-        return "numpy.random" if kind.__module__.startswith("numpy.random") else kind.__module__
-    return str(getattr(called, "__module__", None) or getattr(owner, "__name__", ""))
+def _refuse_outside(what: str, found: list[str]) -> None:
+    if found:
+        raise DefinitionError(
+            f"{what} it {found[0]}; a transform is a pure function of its declared inputs (the instant that is asked "
+            "for is one: RequestTime())"
+        )
 
 
-def _written_clocks(source: str) -> list[str]:
-    """Return the clocks that the source asks NumPy for: datetime64("now") is no call that can be watched."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("datetime64"):
-            found += [a.value for a in node.args if isinstance(a, ast.Constant) and a.value in ("now", "today")]
-    return found
+def _parts(steps: Sequence[Step], slots: Slots) -> Iterator[tuple[int, int, list[Column]]]:
+    """Yield answers for the rows in small batches, and repeated in a large one: batch size, first row, answer."""
+    for size in PARTS:
+        for start in range(0, ROWS, size):
+            rows = np.arange(start, min(start + size, ROWS))
+            yield size, start, _outputs(steps, {name: col.take(rows) for name, col in slots.items()}, len(rows))
+    rows = np.tile(np.arange(ROWS), REPEATS)
+    yield len(rows), 0, _outputs(steps, {name: col.take(rows) for name, col in slots.items()}, len(rows))
 
 
-def _compare(
-    what: str, transform: OnDemandTransform, whole: list[Column], parts: list[list[Column]], size: int
-) -> None:
-    for i, f in enumerate(transform.outputs):
-        start = 0
-        for part in parts:
-            rows = np.arange(start, start + len(part[i]))
-            same = _same(whole[i].take(rows), part[i])
-            if not same.all():
-                row = start + int(np.argmin(same))
-                raise DefinitionError(
-                    f"{what} is refused: output {f.name!r} of a row depends on its neighbours: row {row} of {ROWS} is "
-                    f"{whole[i].to_list()[row]!r} in one batch, {part[i].to_list()[row - start]!r} in batches of {size}"
-                )
-            start += len(part[i])
+def _compare(what: str, steps: Sequence[Step], whole: list[Column], start: int, part: list[Column], size: int) -> None:
+    for result, expected, found in zip((r for step in steps for r in step.results), whole, part, strict=True):
+        rows = (start + np.arange(len(found))) % ROWS
+        same = _same(expected.take(rows), found)
+        if not same.all():
+            at = int(np.argmin(same))
+            one, other = expected.take(rows[at : at + 1]), found.take(np.array([at]))
+            raise DefinitionError(
+                f"{what} output {result.name!r} of a row depends on its neighbours: it is {one.to_list()[0]!r} in a "
+                f"batch of {ROWS} rows, and {other.to_list()[0]!r} in one of {size}{_rounded(one.values, other.values)}"
+            )
+
+
+def _rounded(one: Array, other: Array) -> str:
+    """Return what to do about an answer that differs in its last digits."""
+    if one.dtype.kind != "f" or not np.allclose(one, other, rtol=1e-4, equal_nan=True):
+        return ""
+    return (
+        ". That is rounding: matrix products, and sums over axis 0, add up in another order for another number of "
+        "rows; np.vecdot, np.einsum and sums over the last axis of a stack do not"
+    )
 
 
 def _same(a: Column, b: Column) -> Mask:
@@ -141,14 +113,11 @@ def _same(a: Column, b: Column) -> Mask:
         return np.array([x == y for x, y in zip(a.to_list(), b.to_list(), strict=True)], np.bool_)
     valid_a = np.ones(len(a), np.bool_) if a.valid is None else a.valid
     valid_b = np.ones(len(b), np.bool_) if b.valid is None else b.valid
-    equal = (a.values == b.values) | ((a.values != a.values) & (b.values != b.values))
+    bits = f"V{a.values.itemsize}"
+    equal = (a.values.view(bits) == b.values.view(bits)) | ((a.values != a.values) & (b.values != b.values))
     if a.type.vector:
         equal = equal.all(axis=1)
     return np.asarray((valid_a == valid_b) & (equal | ~valid_a))
-
-
-def _part(slots: Slots, start: int, stop: int) -> Slots:
-    return {name: col.take(np.arange(start, min(stop, len(col)))) for name, col in slots.items()}
 
 
 def _random(rng: np.random.Generator, f: Field, nulls: bool) -> Column:
@@ -170,17 +139,25 @@ def _random(rng: np.random.Generator, f: Field, nulls: bool) -> Column:
     return Column(type, values.values, values.offsets, rng.random(ROWS) > 0.33)
 
 
-def _numbers(rng: np.random.Generator, f: Field) -> Any:
-    type, low, high = f.type, f.min, f.max
+def _numbers(rng: np.random.Generator, f: Field) -> Array:
+    type = f.type
     shape = (ROWS, type.length) if type.vector else (ROWS,)
-    if type is Timestamp:
-        low, high = (0 if low is None else low), (2 * 10**15 if high is None else high)
-        return rng.integers(low, high, shape, endpoint=True)
-    if not type.floating:
-        low, high = (-1_000 if low is None else low), (1_000 if high is None else high)
-        return rng.integers(min(low, high), max(low, high), shape, endpoint=True).astype(type.dtype)
-    values = rng.normal(size=shape) * 10.0 ** rng.integers(-3, 4, shape)
-    if low is None and high is None:
+    if type.floating:
+        values = rng.normal(size=shape) * 10.0 ** rng.integers(-3, 4, shape)
         values.flat[: values.size // 8] = 0.0
-    span = np.clip(values, -np.inf if low is None else low, np.inf if high is None else high)
-    return span.astype(type.dtype)
+        low, high = (bound if bound is not None and np.isfinite(bound) else None for bound in (f.min, f.max))
+        if low is not None:
+            values = low + (np.abs(values) if high is None else (high - low) * rng.random(shape))
+        elif high is not None:
+            values = high - np.abs(values)
+        return np.clip(values, f.min, f.max).astype(type.dtype)
+    assert type.dtype is not None
+    least, most = np.iinfo(type.dtype).min, np.iinfo(type.dtype).max
+    low, high = (0, 2 * 10**15) if type is Timestamp else (-1_000, 1_000)
+    if f.min is not None and f.max is None:
+        low, high = f.min, min(f.min + high - low, most)
+    elif f.max is not None and f.min is None:
+        low, high = max(f.max - (high - low), least), f.max
+    elif f.min is not None:
+        low, high = f.min, f.max
+    return rng.integers(low, high, shape, type.dtype, endpoint=True)

@@ -25,11 +25,12 @@ LAYERS = (
     ("schema", "batch", "arrow"),
     ("definitions", "frames", "matrix"),
     ("codec", "catalog", "sources", "transform"),
-    ("changes", "checks", "offline", "plan", "store", "trial", "wire"),
+    ("changes", "checks", "offline", "plan", "purity", "store", "trial", "wire"),
     ("registry", "project", "engine"),
     ("training", "materialize"),
     ("leakage",),
     ("client", "embedded", "server"),
+    ("load_test",),
     ("featserve",),
     ("cli",),
     ("__main__",),
@@ -37,12 +38,13 @@ LAYERS = (
 # The client talks to a server over the wire contract, and knows nothing of what is behind it.
 CLIENT_MUST_NOT_IMPORT = {"engine", "store", "plan", "codec", "registry", "server"}
 # Who may name the messages of the wire contract.
-READS_PROTOS = ("wire", "server", "client")
+READS_PROTOS = ("wire", "server", "client", "load_test")
 # Modules that open a backend or a dependency which need not be installed, and so import it when they do.
 IMPORTS_LATE = {
     "featserve": "featserve.open and the definitions need the server's parts, the client does not",
     "featserve.__main__": "the command line needs the server's parts",
     "featserve.leakage": "matplotlib, when a plot is asked for",
+    "featserve.load_test.plot": "matplotlib, when a plot is asked for",
     "featserve.matrix": "pandas and pyarrow, when a frame or a table is asked for",
     "featserve.store": "the backend that is opened",
     "featserve.offline": "the engine that is opened",
