@@ -8,6 +8,7 @@ from __future__ import annotations
 import getpass
 import os
 import shlex
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -23,6 +24,7 @@ from featserve.changes import compare
 from featserve.cli.answer import Answer
 from featserve.cli.columns import read_columns
 from featserve.cli.condition import show_status
+from featserve.cli.explain import show_stages, show_stages_json
 from featserve.cli.inventory import (
     Described,
     definition_json,
@@ -54,6 +56,7 @@ from featserve.project import load_definitions
 from featserve.registry import Registry
 from featserve.server.app import run
 from featserve.server.logs import configure
+from featserve.stages import Stages
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
@@ -284,6 +287,7 @@ def tell_served(config: Config, address: str) -> None:
     help="Take keys from the columns of this .csv, .json or .parquet file.",
 )
 @click.option("--as-of", type=instant, metavar="TIME", help="Ask for what was visible at this instant, by default now.")
+@click.option("--explain", is_flag=True, help="Also show what the time was spent on, and what made each value.")
 @as_json
 def get(
     service: str,
@@ -292,6 +296,7 @@ def get(
     target: str | None,
     file: Path | None,
     as_of: datetime | None,
+    explain: bool,
     as_json: bool,
 ) -> None:
     """Get features, and why each is what it is.
@@ -310,7 +315,7 @@ def get(
     Examples:
       featserve get churn customer_id=1001,1002
       featserve get churn --keys-file customers.csv --json
-      featserve get churn@1 customer_id=1001 --server 127.0.0.1:7070
+      featserve get churn@1 customer_id=1001 --server 127.0.0.1:7070 --explain
     """
     with connect(target) if target else Embedded(settings(folder), "read") as source:
         schema = source.describe(service)
@@ -320,12 +325,21 @@ def get(
         entities = {name: values for name, values in columns.items() if name in schema.keys}
         request = {name: values for name, values in columns.items() if name not in schema.keys}
         now_us = instant_us(as_of)
-        matrix = source.get(service, entities, request=request, as_of=as_of, event_times=True)
+        stages = Stages() if explain else None
+        if explain:  # the first request of a process also pays for what is loaded when it is first used
+            source.get(service, entities, request=request, as_of=as_of, event_times=True)
+        begun_ns = time.perf_counter_ns()
+        matrix = source.get(service, entities, request=request, as_of=as_of, event_times=True, stages=stages)
+        took_ns = time.perf_counter_ns() - begun_ns
     answer = Answer(matrix, columns, now_us)
     if as_json:
         answer.show_json()
     else:
         answer.show()
+    if stages is not None and as_json:
+        show_stages_json(stages.timed(), matrix.schema, took_ns)
+    elif stages is not None:
+        show_stages(stages.timed(), matrix.schema, took_ns, target)
 
 
 @main.command()
