@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from types import TracebackType
@@ -43,21 +44,28 @@ RETRIES = json.dumps(
             {
                 "name": [{"service": "featserve.v1.FeatureServingService"}],
                 "retryPolicy": {
-                    "maxAttempts": 4,
-                    "initialBackoff": "0.05s",
-                    "maxBackoff": "1s",
+                    "maxAttempts": 5,
+                    "initialBackoff": "0.1s",
+                    "maxBackoff": "2s",
                     "backoffMultiplier": 3,
-                    "retryableStatusCodes": ["UNAVAILABLE"],
+                    "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
                 },
             }
         ]
     }
 )
-"""gRPC's own service config: every method is safe to repeat, as a row written twice is the same row."""
+"""gRPC's own service config: every method is safe to repeat, as a row written twice is the same row.
+
+CANCELLED, from a server, is how grpcio refuses a call that it has not begun. Four retries span three seconds, in which a
+server restarts.
+"""
 
 OPTIONS = (
     ("grpc.service_config", RETRIES),
     ("grpc.enable_retries", 1),
+    # By default a connection that failed is not tried again for a second, and then ever longer: no retry would see it.
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
 )
@@ -104,17 +112,18 @@ class Client:
         server's clock; now by default. ``stages``: gets the stages that the server went through. ``timeout``:
         seconds. Raises an error of ``featserve.errors``.
         """
+        deadline = self._deadline(timeout)
         schema = self._schemas.get(service)
         fresh = schema is None
         while True:
             if schema is None:
-                schema = self.describe(service)
+                schema = self._describe(service, deadline)
             try:
                 message = self._request(service, schema, keys, request, as_of, event_times)
                 message.include_stages = stages is not None
-                answer = self._call(self._get, message, timeout)
+                answer = self._call(self._get, message, deadline)
             except InvalidRequest:
-                if fresh or self.describe(service).id == schema.id:
+                if fresh or self._describe(service, deadline).id == schema.id:
                     raise
                 answer = None  # the service changed what it asks for
             if answer is not None and answer.schema_id == schema.id:
@@ -141,17 +150,20 @@ class Client:
             request_columns=[encode_column(name, column) for name, column in columns.items()],
         )
 
-    def describe(self, service: str) -> ServiceSchema:
+    def describe(self, service: str, *, timeout: float | None = None) -> ServiceSchema:
         """Return the schema of a service, as the server has it now."""
+        return self._describe(service, self._deadline(timeout))
+
+    def _describe(self, service: str, deadline: float) -> ServiceSchema:
         method = self._unary("DescribeService", pb.DescribeServiceRequest, pb.DescribeServiceResponse)
-        schema = decode_schema(self._call(method, pb.DescribeServiceRequest(service=service), None).schema)
+        schema = decode_schema(self._call(method, pb.DescribeServiceRequest(service=service), deadline).schema)
         self._schemas[service] = schema
         return schema
 
-    def list_services(self) -> list[ServiceSummary]:
+    def list_services(self, *, timeout: float | None = None) -> list[ServiceSummary]:
         """Return every service version that the server can be asked for."""
         method = self._unary("ListServices", pb.ListServicesRequest, pb.ListServicesResponse)
-        answer = self._call(method, pb.ListServicesRequest(), None)
+        answer = self._call(method, pb.ListServicesRequest(), self._deadline(timeout))
         return [
             ServiceSummary(s.name, s.version, s.hash, s.promoted, s.owner, s.description, s.features, tuple(s.keys))
             for s in answer.services
@@ -167,8 +179,21 @@ class Client:
         its arrival, or from its event time where that is later.
         """
         method = self._unary("WriteRows", pb.WriteRowsRequest, pb.WriteRowsResponse)
-        answer = self._call(method, self._rows(view, rows, event_time, known_at), timeout)
-        return Written(answer.rows, answer.stored)
+        deadline = self._deadline(timeout)
+        columns = self._views.get(view)
+        fresh = columns is None
+        while True:
+            if columns is None:
+                columns = self._columns(view, deadline)
+            try:
+                message = encode_rows(view, rows_of(rows, columns, event_time, known_at))
+                answer = self._call(method, message, deadline)
+            except InvalidRequest:
+                if fresh or self._columns(view, deadline) == columns:
+                    raise
+                columns, fresh = self._views[view], True  # the name now means another version
+            else:
+                return Written(answer.rows, answer.stored)
 
     def write_stream(
         self,
@@ -184,7 +209,8 @@ class Client:
         The first batch that is refused ends it with its error, whose ``metadata["messages_written"]`` counts those
         before it, which stay written. ``timeout``: seconds for the whole stream; none by default.
         """
-        messages = (self._rows(view, rows, event_time, known_at) for rows in batches)
+        columns = self._columns(view, self._deadline(timeout))
+        messages = (encode_rows(view, rows_of(rows, columns, event_time, known_at)) for rows in batches)
         return self.write_messages(messages, timeout)
 
     def write_messages(self, messages: Iterable[pb.WriteRowsRequest], timeout: float | None = None) -> Written:
@@ -204,13 +230,16 @@ class Client:
             raise failed[0]
         return Written(answer.rows, answer.stored)
 
-    def _rows(self, view: str, rows: Frame, event_time: Any, known_at: Any | None) -> pb.WriteRowsRequest:
-        expected = self._views.get(view)
-        if expected is None:
-            method = self._unary("DescribeView", pb.DescribeViewRequest, pb.DescribeViewResponse)
-            expected = decode_view(self._call(method, pb.DescribeViewRequest(view=view), None))
-            self._views[view] = expected
-        return encode_rows(view, rows_of(rows, expected, event_time, known_at))
+    def _columns(self, view: str, deadline: float) -> dict[str, Type]:
+        """Return the columns that a row of a view has, as the server has them now."""
+        method = self._unary("DescribeView", pb.DescribeViewRequest, pb.DescribeViewResponse)
+        columns = decode_view(self._call(method, pb.DescribeViewRequest(view=view), deadline))
+        self._views[view] = columns
+        return columns
+
+    def _deadline(self, timeout: float | None) -> float:
+        """Return when a call of the user's is over, in seconds of time.monotonic(), however many requests it takes."""
+        return time.monotonic() + (self._timeout if timeout is None else timeout)
 
     def _unary(self, name: str, request: Any, answer: type[Answer]) -> Callable[..., Answer]:
         method: Callable[..., Answer] = self._channel.unary_unary(
@@ -220,10 +249,9 @@ class Client:
         )
         return method
 
-    def _call(self, method: Callable[..., Answer], request: object, timeout: float | None) -> Answer:
+    def _call(self, method: Callable[..., Answer], request: object, deadline: float) -> Answer:
         try:
-            seconds = self._timeout if timeout is None else timeout
-            return method(request, timeout=seconds, metadata=_trace_context())
+            return method(request, timeout=deadline - time.monotonic(), metadata=_trace_context())
         except grpc.RpcError as error:
             raise translated(error, self._target) from None
 
@@ -271,6 +299,7 @@ _BY_CODE: Mapping[grpc.StatusCode, type[FeatserveError]] = {
     grpc.StatusCode.UNAVAILABLE: errors.Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.Overloaded,
+    grpc.StatusCode.CANCELLED: errors.Overloaded,
     grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidRequest,
 }
 
@@ -280,6 +309,8 @@ def translated(error: Any, target: str) -> FeatserveError:
     details = dict(error.trailing_metadata() or ()).get("grpc-status-details-bin")
     kind = _BY_CODE.get(error.code(), errors.ServingError)
     if details is None:
+        if "message larger than max" in (error.details() or ""):  # gRPC has no other sign of it
+            return errors.TooLarge(f"{target}: {error.details()}. Send several requests")
         return kind(f"{target}: {error.code().name}: {error.details()}")
     info, bad = errors_pb2.ErrorInfo(), errors_pb2.BadRequest()
     for detail in errors_pb2.ErrorStatus.FromString(details).details:
