@@ -29,7 +29,15 @@ def server(transport: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield server
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
+def following(transport: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Run a server that takes new definitions at once; tests add some of their own, and leave the others alone."""
+    settings: dict[str, Any] = {"registry_poll_seconds": 0.02}
+    with Server(Project.make(tmp_path_factory.mktemp("following"), **TRANSPORTS[transport] | settings)) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
 def small(transport: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Run a server that takes eight calls at a time, and writes that are large enough to keep it busy."""
     settings: dict[str, Any] = {"max_concurrent": 8, "max_rows": 100_000, "max_message_mb": 256}

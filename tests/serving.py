@@ -159,6 +159,17 @@ class Server:
         size: int = psutil.Process(self.process.pid).memory_info().rss
         return size
 
+    def apply(self, definitions: str) -> None:
+        """Apply more definitions, and wait until it has taken them."""
+        before = self.revision()
+        self.project.apply((self.project.folder / "features.py").read_text() + "\n" + definitions)
+        until("the server has taken the new definitions", lambda: self.revision() > before)
+
+    def revision(self) -> int:
+        """Return the number of the latest snapshot that it says it took."""
+        revisions: list[int] = [event["revision"] for event in self.events() if "revision" in event]
+        return revisions[-1]
+
     def events(self) -> list[dict[str, Any]]:
         """Return what it has logged."""
         return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
