@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from featserve.cli import training
+from featserve.cli import load_test, training
 from featserve.cli.verbs import main
 
-__all__ = ["main", "training"]
+__all__ = ["load_test", "main", "training"]

@@ -1,0 +1,120 @@
+"""Load tests of a real server, from processes of their own and from the command line."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from featserve.errors import Unavailable, UnknownName
+from featserve.load_test import (
+    Load,
+    LoadTest,
+    Range,
+    Reads,
+    Writes,
+    describe_view,
+    run,
+)
+from featserve.types import Int64, column
+from tests.command_line import run as run_verb
+from tests.serving import Server
+
+pytest_plugins = ["tests.served"]
+
+READS = Reads("wide", ("user_id",), (Range("user_id", Int64, 1, 1_000),))
+BRIEF = ("--rounds", "2", "--round", "0.3", "--warm-up", "0")
+
+
+def stored(server: Server) -> None:
+    """Write the rows that the tests ask for."""
+    rows = {"user_id": np.arange(1, 1_001)} | {f"f{i}": np.full(1_000, i / 2) for i in range(50)}
+    with server.client() as client:
+        client.write("numbers", rows, event_time=np.datetime64(time.time_ns() // 1_000, "us"))
+
+
+def test_a_server_is_measured_by_several_processes(server: Server) -> None:
+    """Open and closed loop from two processes, with writes beside: every request is answered and counted once."""
+    stored(server)
+    expected = describe_view(server.address, "numbers")
+    rows = {name: column(type_, np.arange(1, 11).astype(type_.dtype)) for name, type_ in expected.items()}
+    loads = (Load(5, None, 3), Load(1, 100.0, 2))
+    writes = Writes("numbers", rows, 1_000)
+    test = LoadTest(server.address, READS, loads, writes, processes=2, rounds=2, round_s=0.5, warm_up_s=0.2)
+    seen: list[tuple[int, float]] = []
+    result = run(test, 123, lambda number, part: seen.append((number, part)))
+    assert result.started_us == 123
+    assert result.found == 1.0
+    assert result.service.startswith("wide@1#")
+    assert seen == sorted(seen)
+    assert seen[-1] == (1, 1.0)
+    assert [point.load for point in result.points] == list(loads)
+    for point in result.points:
+        total, written = point.total(), point.total_writes()
+        assert len(point.rounds) == len(point.writes) == 2
+        assert total.errors == written.errors == {}
+        assert total.latency.count == total.lag.count == total.arrived > 20
+        assert written.arrived == pytest.approx(10, abs=10)
+    assert result.points[1].total().arrived == pytest.approx(100, abs=50)
+
+
+def test_what_the_server_refuses_ends_the_test(server: Server) -> None:
+    """An unknown service or view, or no server, is one error before any load."""
+    test = LoadTest(server.address, replace(READS, service="nosuch"), (Load(1, None, 1),), rounds=1, round_s=0.1)
+    with pytest.raises(UnknownName, match="nosuch"):
+        run(test, 0)
+    with pytest.raises(UnknownName, match="nosuch"):
+        describe_view(server.address, "nosuch")
+    with pytest.raises(Unavailable):
+        run(LoadTest("127.0.0.1:1", READS, (Load(1, None, 1),)), 0)
+
+
+def test_the_verb_measures_and_compares(server: Server, tmp_path: Path) -> None:
+    """The command line measures, says which quantiles it cannot tell, draws, keeps, and compares what it kept."""
+    stored(server)
+    files: tuple[str | Path, ...] = ("--json", tmp_path / "a.json", "--plot", tmp_path / "a.png")
+    words = ["load-test", "wide", "user_id=1..1000", "--server", server.address, *BRIEF]
+    shown = run_verb(*words, *files).stdout
+    assert "100 % of a sample have rows" in shown
+    assert "+N: it takes N samples more" in shown
+    assert (tmp_path / "a.png").stat().st_size > 1_000
+    compared = run_verb("load-test", "compare", tmp_path / "a.json", tmp_path / "a.json")
+    assert "cannot tell" in compared.stdout
+    assert "too few rounds" in compared.stderr
+    found = json.loads(run_verb("load-test", "compare", "--json", tmp_path / "a.json", tmp_path / "a.json").stdout)
+    assert {c["ratio"] for c in found} == {1.0}
+
+
+def test_the_verb_draws_from_files(server: Server, tmp_path: Path) -> None:
+    """String keys come from a file, integers from ranges and lists; what has no rows is told."""
+    (tmp_path / "keys.csv").write_text("country,zip\nNZ,1010\nAT,1020\n")
+    words = ["load-test", "--server", server.address, *BRIEF, "--zipf", "1", "ranking", "user_id=1,2,3"]
+    shown = run_verb(*words, "--keys-file", tmp_path / "keys.csv")
+    assert "3 of user_id" in shown.stdout
+    assert "2 of country, zip" in shown.stdout
+    assert "measures mostly missing" in shown.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["user_id=1..x"], "whole numbers"),
+        (["user_id=5..1"], "no range"),
+        (["usr_id=1..5"], "did you mean 'user_id'"),
+        ([], "no values for user_id"),
+        (["user_id=1", "user_id=2"], "given twice"),
+    ],
+)
+def test_the_verb_refuses_wrong_columns(words: list[str], message: str, server: Server) -> None:
+    """A column that is unknown, missing, given twice or no range is one message."""
+    assert message in run_verb("load-test", "wide", *words, "--server", server.address, code=1).stderr
+
+
+def test_the_verb_refuses_a_remote_server() -> None:
+    """The command line does not load another machine by accident."""
+    words = ["load-test", "wide", "user_id=1..9", "--server", "192.0.2.1:7070"]
+    assert "--allow-remote" in run_verb(*words, code=1).stderr
