@@ -83,6 +83,51 @@ def test_rows_survive_the_death_of_the_process(tmp_path: Path) -> None:
     store.close()
 
 
+WRITER = """
+import sys
+from pathlib import Path
+from featserve.store import open_store
+store = open_store(Path(sys.argv[1]), "write", block_cache_mb=8)
+number = int(sys.argv[2])
+def row(): return b"\\xf5\\x01\\0\\0view" + number.to_bytes(8, "big") * 3 + b"x" * (number % 3000)
+while True:
+    number += 1
+    if number % 4:
+        store.write_many([b"written %d" % i for i in range(10)], [row()] * 10)
+    else:
+        with store.load() as load:
+            for part in range(3):
+                load.add([b"loaded %03d" % i for i in range(part * 40, part * 40 + 60)], [row()] * 60)
+    print(number, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_fifty_kills_lose_nothing(tmp_path: Path, rng: np.random.Generator) -> None:
+    """However often the writer is killed, all that it acknowledged is there, and no write or load is there in part."""
+    path, acknowledged = tmp_path / "store", 0
+    for _ in range(50):
+        with subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(path), str(acknowledged)], stdout=subprocess.PIPE, text=True
+        ) as writer:
+            assert writer.stdout is not None
+            for _ in range(int(rng.integers(1, 40))):
+                acknowledged = int(writer.stdout.readline())
+            writer.kill()
+            acknowledged = int(([str(acknowledged), *writer.stdout.read().split("\n")[:-1]])[-1])
+        store = opened(path)
+        numbers = []
+        for keys in ([b"written %d" % i for i in range(10)], [b"loaded %03d" % i for i in range(140)]):
+            found = {row and (int.from_bytes(row[8:16], "big"), len(row)) for row in store.read_many(keys)}
+            (only,) = found
+            numbers.append(only[0] if only else 0)
+        assert max(numbers) >= acknowledged
+        assert min(numbers) >= acknowledged - 4
+        acknowledged = max(numbers)
+        assert list(tmp_path.iterdir()) == [path]
+        store.close()
+
+
 def test_the_caches_are_as_configured(path: Path) -> None:
     """An existing store gets the block cache that is configured, not RocksDB's default of 8 MiB."""
     for access in ("write", "read"):
