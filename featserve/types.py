@@ -194,6 +194,9 @@ def column(type: Type, values: Iterable[Any], what: str = "column") -> Column:
     if isinstance(values, _ONE_VALUE) or not isinstance(values, Iterable) or not flat:
         raise invalid(what, f"expected a list or an array of {type}, got {_show(values)}")
     items = list(values)
+    classes = {item.__class__ for item in items}
+    if len(classes) == 1 and (quick := _plain(type, items, classes.pop(), what)) is not None:
+        return quick
     nan_is_null = type.variable or type in (Bool, Timestamp)
     missing = [v is None or _is_nat(v) or (nan_is_null and isinstance(v, float) and math.isnan(v)) for v in items]
     valid = None if not any(missing) else ~np.array(missing)
@@ -202,9 +205,7 @@ def column(type: Type, values: Iterable[Any], what: str = "column") -> Column:
             b"" if gone else _encode_text(type, v, what, i)
             for i, (v, gone) in enumerate(zip(items, missing, strict=True))
         ]
-        offsets = np.zeros(len(items) + 1, np.int64)
-        np.cumsum([len(v) for v in encoded], out=offsets[1:])
-        return Column(type, np.frombuffer(b"".join(encoded), np.uint8), offsets, valid)
+        return _joined(type, encoded, valid)
     convert = _CONVERT[type.code]
     filler: Any = [0.0] * type.length if type.vector else 0
     cells = [
@@ -212,6 +213,26 @@ def column(type: Type, values: Iterable[Any], what: str = "column") -> Column:
     ]
     shape = (len(items), type.length) if type.vector else (len(items),)
     return Column(type, np.array(cells, type.dtype).reshape(shape), None, valid)
+
+
+def _plain(type: Type, items: list[Any], of: object, what: str) -> Column | None:
+    """Return the column of ``items``, all of class ``of``, if that is Python's own for ``type`` and no value is wrong."""
+    try:
+        if type.variable:
+            if of is str and type is String:
+                return _joined(type, [item.encode() for item in items], None)
+            return _joined(type, items, None) if of is bytes and type is Bytes else None
+        if of is _PYTHON.get(type.code):
+            return _from_array(type, np.array(items, _NUMPY[of]), what)
+    except (OverflowError, UnicodeEncodeError):
+        return None  # going through them one by one names it
+    return None
+
+
+def _joined(type: Type, encoded: list[bytes], valid: Mask | None) -> Column:
+    offsets = np.zeros(len(encoded) + 1, np.int64)
+    np.cumsum(list(map(len, encoded)), out=offsets[1:])
+    return Column(type, np.frombuffer(b"".join(encoded), np.uint8), offsets, valid)
 
 
 def _from_array(type: Type, values: Array, what: str) -> Column:
@@ -300,9 +321,7 @@ def _to_bool(type: Type, value: Any, what: str, row: int) -> bool:
 
 def _to_int(type: Type, value: Any, what: str, row: int) -> int:
     if isinstance(value, int | np.integer) and not isinstance(value, bool):
-        assert type.dtype is not None
-        info = np.iinfo(type.dtype)
-        if info.min <= int(value) <= info.max:
+        if -(2 ** (8 * type.width - 1)) <= int(value) < 2 ** (8 * type.width - 1):
             return int(value)
         raise wrong(what, row, type, f"{value} (out of range)")
     raise wrong(what, row, type, _show(value))
@@ -340,6 +359,10 @@ def _to_vector(type: Type, value: Any, what: str, row: int) -> list[float]:
         return [_to_float(Float32, v, what, row) for v in value]
     raise wrong(what, row, type, _show(value))
 
+
+_PYTHON: dict[int, object] = {1: bool, 2: int, 3: int, 4: float, 5: float, 8: int}
+_NUMPY: dict[object, Any] = {bool: np.bool_, int: np.int64, float: np.float64}
+"""Python's own class for a type, and what NumPy makes of lists of it."""
 
 _ONE_VALUE = (str, bytes, bytearray, memoryview, Mapping, set, frozenset)
 """What can be iterated over and is still no list of values: one value, or values in no order."""
