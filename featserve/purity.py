@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 from featserve.definitions.code import Code
-from featserve.definitions.syntax import Importer, aliases, chains, free_names
+from featserve.definitions.syntax import Importer, aliases, bound, chains, free_names
 
 CLOCK, CHANCE, SYSTEM, FILES, NETWORK = (
     "reads the clock",
@@ -65,14 +65,15 @@ def named_outside(code: Code) -> list[str]:
     found: dict[str, None] = {}
     for name, source in code.modules.items():
         tree, importer = ast.parse(source), Importer(name, False)
+        own = {own for statement in tree.body for own in bound(statement)}
+        names = [f"builtins.{read}" for statement in tree.body for read in free_names(statement) if read not in own]
+        named = [dotted for dotted in names if dotted in OUTSIDE]
         for statement in tree.body:
             for alias in aliases(statement, importer):
                 if alias.module not in code.modules:
-                    dotted = (".".join((alias.module, *alias.path, *c[1:])) for c in chains(tree, alias.bound))
-                    found.update(dict.fromkeys(filter(None, map(_told, dotted))))
-            for read in free_names(statement):
-                found.update(dict.fromkeys(filter(None, [_told(f"builtins.{read}")])))
-        found.update(dict.fromkeys(_written_clocks(tree)))
+                    used = chains(tree, alias.bound)
+                    named += [".".join((alias.module, *alias.path, *chain[1:])) for chain in used]
+        found.update(dict.fromkeys([*filter(None, map(_told, named)), *_written_clocks(tree)]))
     return list(found)
 
 

@@ -40,15 +40,14 @@ def check_transform(transform: OnDemandTransform) -> None:
             before = {name: col.take(np.arange(ROWS)) for name, col in slots.items()}
             try:
                 whole = _outputs(steps, slots, ROWS)
-                watched = _watched(what, transform, slots)
+                if not all(_equal(slots[name], before[name]) for name in before):
+                    raise DefinitionError(f"{what} it changes its inputs; copy an array before you change it")
+                if not all(map(_equal, whole, _watched(what, transform, slots))):
+                    raise DefinitionError(f"{what} called twice with the same rows, it gave two answers")
                 for size, start, part in _parts(steps, slots):
                     _compare(what, steps, whole, start, part, size)
             except TransformError as error:
                 raise DefinitionError(f"{what} on generated rows {label}, {error}") from error
-            if not all(_same(a, b).all() for a, b in zip(whole, watched, strict=True)):
-                raise DefinitionError(f"{what} called twice with the same rows, it gave two answers")
-            if not all(_same(slots[name], before[name]).all() for name in before):
-                raise DefinitionError(f"{what} it changes its inputs; copy an array before you change it")
 
 
 def _outputs(steps: Sequence[Step], slots: Slots, rows: int) -> list[Column]:
@@ -118,6 +117,10 @@ def _same(a: Column, b: Column) -> Mask:
     if a.type.vector:
         equal = equal.all(axis=1)
     return np.asarray((valid_a == valid_b) & (equal | ~valid_a))
+
+
+def _equal(a: Column, b: Column) -> bool:
+    return bool(_same(a, b).all())
 
 
 def _random(rng: np.random.Generator, f: Field, nulls: bool) -> Column:
