@@ -216,7 +216,7 @@ def column(type: Type, values: Iterable[Any], what: str = "column") -> Column:
 
 
 def _plain(type: Type, items: list[Any], of: object, what: str) -> Column | None:
-    """Return the column of ``items``, all of class ``of``, if that is Python's own for ``type`` and no value is wrong."""
+    """Return the column of ``items``, all of class ``of``, if that is Python's own for ``type`` and none is wrong."""
     try:
         if type.variable:
             if of is str and type is String:
