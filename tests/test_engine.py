@@ -21,7 +21,7 @@ from featserve.plan import Plans
 from featserve.server.service import Call, Limits, Service
 from featserve.store import OnlineStore, open_store
 from featserve.store.memory import MemoryStore
-from featserve.types import NEVER_US, Column, Float64, Int64, String, column
+from featserve.types import NEVER_US, Bytes, Column, Float64, Int64, String, column
 from featserve.wire import decode_keys, decode_matrix, encode_column
 from tests.online_model import Model, check_answer, check_frames, same
 from tests.random_data import (
@@ -294,6 +294,22 @@ def test_composite_keys_never_collide() -> None:
     write(engine, TRAFFIC, rows | {"cars": list(range(len(pairs)))}, [NOW_US] * len(pairs))
     assert ask(engine, rows).to_dict() == {"traffic.cars": list(range(len(pairs)))}
     assert ask(engine, {"origin": ["12"], "dest": ["23"]}).to_dict() == {"traffic.cars": [None]}
+
+
+def test_huge_values_stand_beside_empty_ones(tmp_path: Path) -> None:
+    """Strings of megabytes, empty ones and nulls of one batch are each their row's own, through the store on disk."""
+    view = FeatureView("v", USER, [Field("s", String), Field("b", Bytes, default=b"none"), Field("t", String)])
+    texts = ["x" * 3_000_000, "", None, "\0", "é" * 1_000_000]
+    blobs = [b"", None, b"\xff" * 2_000_000, b"\0", None]
+    users = [f"u{i}" for i in range(5)]
+    with opened("rocksdb", tmp_path) as store:
+        engine = engine_of(store, view)
+        rows = {"user": users, "s": texts, "b": blobs, "t": texts[::-1]}
+        assert write(engine, view, rows, [NOW_US] * 5) == Written(5, 5)
+        answer = ask(engine, {"user": [*users[::-1], "nobody"]}).to_dict()
+    assert answer["v.s"] == [*texts[::-1], None]
+    assert answer["v.b"] == [b"none" if blob is None else blob for blob in [*blobs[::-1], None]]
+    assert answer["v.t"] == [*texts, None]
 
 
 def test_a_request_is_one_read_of_distinct_keys() -> None:
