@@ -304,7 +304,7 @@ def test_huge_values_stand_beside_empty_ones(tmp_path: Path) -> None:
     users = [f"u{i}" for i in range(5)]
     with opened("rocksdb", tmp_path) as store:
         engine = engine_of(store, view)
-        rows = {"user": users, "s": texts, "b": blobs, "t": texts[::-1]}
+        rows: dict[str, list[Any]] = {"user": users, "s": texts, "b": blobs, "t": texts[::-1]}
         assert write(engine, view, rows, [NOW_US] * 5) == Written(5, 5)
         answer = ask(engine, {"user": [*users[::-1], "nobody"]}).to_dict()
     assert answer["v.s"] == [*texts[::-1], None]
