@@ -115,6 +115,8 @@ class GrpcioServer:
             self._taken += 1
             try:
                 return await handle(context)
+            except grpc.aio.InternalError:  # what gRPC raises where the caller is gone
+                raise asyncio.CancelledError from None
             except Exception as error:  # noqa: BLE001 - the top of a request
                 await abort(context, error)
             finally:
