@@ -1,0 +1,183 @@
+"""What a server bears: clients that vanish, that do not read, that speak no gRPC, and that come by the thousand."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from featserve._proto import serving_pb2 as pb
+from tests.server.messages import numbers, refusal, texts, wide
+from tests.serving import PATIENCE_S, ROOT, Server, until
+
+pytest_plugins = ["tests.served"]
+
+MB = 1 << 20
+PATH = "/featserve.v1.FeatureServingService/"
+
+
+@pytest.fixture
+def answers(server: Server) -> Iterator[Server]:
+    """Give the shared server, and see that it answers as before, with nothing but info in its log."""
+    logged = len(server.events())
+    yield server
+    with server.stub() as stub:
+        stub.WriteRows(numbers([1], 1.0))
+        assert stub.GetFeatures(wide(1)).status == b"\x01"
+    assert [event for event in server.events()[logged:] if event["level"] != "info"] == []
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_clients_that_are_killed_in_the_middle_of_streams(small: Server) -> None:
+    """A client killed with all streams under way that there may be leaves nothing behind: its places are free again."""
+    command = [sys.executable, "-m", "tests.server.flood", small.address, "4"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as client, small.stub() as stub:
+        assert client.stdout is not None
+        assert client.stdout.readline() == b"busy\n"
+        assert refusal(lambda: stub.GetFeatures(wide(1))).reason == "OVERLOADED"
+        client.kill()
+        client.wait(PATIENCE_S)
+        until("there is room again", lambda: not stub.GetFeatures.future(wide(1)).exception())
+    assert [event for event in small.events() if event["level"] == "error"] == []
+    assert "Traceback" not in small.log.read_text()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500),  # the start of a TLS handshake
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\xff" * 1_000,
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00" + b"\x7f\xff\xff\x01" * 100,
+        b"",
+    ],
+    ids=["HTTP/1", "TLS", "frames of garbage", "a frame without end", "nothing"],
+)
+def test_other_protocols_are_hung_up_on(answers: Server, data: bytes) -> None:
+    """Bytes that are no gRPC end their connection and no other."""
+    with answers.stub() as stub:
+        assert stub.GetFeatures(wide(1)).rows == 1
+        with socket.create_connection(("127.0.0.1", answers.port), PATIENCE_S) as connection:
+            connection.sendall(data)
+            connection.shutdown(socket.SHUT_WR)
+            with suppress(ConnectionResetError):
+                while connection.recv(1 << 16):
+                    pass
+        assert stub.GetFeatures(wide(1)).rows == 1
+
+
+def test_hundreds_of_connections_of_garbage(answers: Server, rng: np.random.Generator) -> None:
+    """Random bytes on many connections at once, some of them cut off at once, harm nobody."""
+    connections = [socket.create_connection(("127.0.0.1", answers.port), PATIENCE_S) for _ in range(300)]
+    for i, connection in enumerate(connections):
+        preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" if i % 2 else b""
+        with suppress(ConnectionResetError, BrokenPipeError):
+            connection.sendall(preface + rng.bytes(int(rng.integers(1, 5_000))))
+    with answers.stub() as stub:
+        assert stub.GetFeatures(wide(1)).rows == 1
+    for connection in connections:
+        connection.close()
+
+
+def test_a_client_that_does_not_read_is_not_buffered_for(answers: Server) -> None:
+    """Answers that nobody reads stay unmade: the server's memory does not grow with the requests on the stream."""
+    request = wide(*range(10_000))
+    taken: list[float] = []
+
+    def requests() -> Iterator[pb.StreamFeaturesRequest]:
+        for _ in range(500):
+            taken.append(time.monotonic())
+            yield pb.StreamFeaturesRequest(request=request)
+
+    with answers.stub(("grpc.max_receive_message_length", -1)) as slow, answers.stub() as other:
+        for call in [slow.GetFeatures.future(request) for _ in range(4)]:
+            assert call.result().rows == 10_000
+        before = answers.memory_bytes()
+        calls = [slow.StreamFeatures(requests()) for _ in range(4)]
+        # Of 4 GB of answers to 160 MB of requests it makes a few, and takes no more requests.
+        until("it waits for the client", lambda: taken and time.monotonic() - taken[-1] > 0.5)
+        assert len(taken) < 1_000
+        assert answers.memory_bytes() - before < 150 * MB
+        assert other.GetFeatures(wide(1)).rows == 1
+        for stream in calls:
+            assert next(stream).response.rows == 10_000
+            stream.cancel()
+
+
+def test_half_a_request_is_dropped_with_its_connection(answers: Server) -> None:
+    """A connection that ends in the middle of a large message ends that call, and its rows are written all or none."""
+    with answers.channel() as channel:
+        write: Any = channel.unary_unary(f"{PATH}WriteRows")
+        write.future(numbers(range(300, 9_000), 1.0).SerializeToString())
+    with answers.stub() as stub:
+        found = stub.GetFeatures(wide(*range(300, 9_000))).status
+        assert found in (b"\x03" * 8_700, b"\x01" * 8_700)
+
+
+async def converse(address: str, streams: int, rounds: int) -> list[int]:
+    """Hold ``streams`` open on one connection, ask on each of them ``rounds`` times; return the rows answered."""
+    request = pb.StreamFeaturesRequest(request=wide(1, 2)).SerializeToString()
+    async with grpc.aio.insecure_channel(address) as channel:
+        open_stream: Any = channel.stream_stream(f"{PATH}StreamFeatures")
+        calls = [open_stream() for _ in range(streams)]
+        rows = []
+        for _ in range(rounds):
+            for call in calls:
+                await call.write(request)
+            rows += [pb.StreamFeaturesResponse.FromString(await call.read()).response.rows for call in calls]
+        for call in calls:
+            await call.done_writing()
+        for call in calls:
+            assert await call.read() is grpc.aio.EOF
+        return rows
+
+
+@pytest.mark.slow
+def test_thousands_of_streams_on_one_connection(start: Callable[..., Server]) -> None:
+    """Four thousand streams at once on one connection are all answered, and leave no memory behind."""
+    server = start(max_concurrent=5_000)
+    sizes = []
+    for _ in range(4):
+        assert asyncio.run(converse(server.address, 4_000, 2)) == [2] * 8_000
+        sizes.append(server.memory_bytes())
+    assert sizes[-1] - sizes[1] < 16 * MB
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_requests(start: Callable[..., Server], rng: np.random.Generator) -> None:
+    """Over 200,000 requests, a tenth of them refused, the server's memory stays level.
+
+    Few of them write, and one row each, as what is written stays in memory until it is flushed.
+    """
+    server = start(max_concurrent=1_000)
+    requests: list[tuple[str, Any]] = [("GetFeatures", wide(*rng.integers(1_000, size=4).tolist())) for _ in range(89)]
+    requests += [("GetFeatures", pb.GetFeaturesRequest(service="wide", keys=[texts("x", "y")])) for _ in range(10)]
+    requests.append(("WriteRows", numbers([1], 1.0)))
+    raw = [(PATH + method, request.SerializeToString()) for method, request in requests]
+    raw = [raw[i] for i in rng.permutation(len(raw))]
+
+    async def work(count: int) -> None:
+        async with grpc.aio.insecure_channel(server.address) as channel:
+
+            async def some(first: int) -> None:
+                for i in range(first, count, 32):
+                    path, data = raw[i % len(raw)]
+                    call: Any = channel.unary_unary(path)
+                    with suppress(grpc.aio.AioRpcError):
+                        await call(data)
+
+            await asyncio.gather(*(some(first) for first in range(32)))
+
+    asyncio.run(work(30_000))
+    before = server.memory_bytes()
+    asyncio.run(work(200_000))
+    assert server.memory_bytes() - before < 16 * MB
