@@ -5,6 +5,7 @@ Comes in: a service, its key columns and how hard to ask. Goes out: a table of l
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,15 @@ from featserve.load_test import (
 )
 from featserve.load_test.histogram import QUANTILES, samples_needed
 from featserve.load_test.plot import check_plot, plot
-from featserve.load_test.run import check_loopback
+from featserve.load_test.run import WRITTEN_AT_ONCE, check_loopback
 from featserve.load_test.source import Axis
 from featserve.schema import ServiceSchema
 from featserve.types import column
 
 existing = click.Path(exists=True, dir_okay=False, path_type=Path)
 new_file = click.Path(dir_okay=False, path_type=Path)
+BUSY = 0.5
+"""The load average for each CPU from which a machine is not the test's own."""
 LAGGING = 0.2
 """The part of a p99 that the load generator's own lateness may be before the table says so."""
 
@@ -234,7 +237,7 @@ def show_result(result: Result) -> None:
             [
                 ("service", result.service),
                 ("keys", f"{keys}, drawn {drawn}; {100 * result.found:.0f} % of a sample have rows"),
-                ("measured", f"{time}, from {counted(settings['processes'], 'process')}"),
+                ("measured", f"{time}, processes that send: {settings['processes']}"),
                 ("machine", settings["machine"]),
             ]
         ),
@@ -248,7 +251,7 @@ def show_result(result: Result) -> None:
             written = settings["writes"]
             made.add_row(
                 f"writes to {written['view']}, {written['rows_per_s']:,.0f} rows/s",
-                "100",
+                f"{WRITTEN_AT_ONCE:,}",
                 *_cells(point.total_writes()),
             )
     show(made, "", "Latencies are in microseconds.")
@@ -273,14 +276,17 @@ def _cells(total: Round) -> Iterable[str]:
 
 def warnings_of(result: Result) -> Iterable[str]:
     """Yield what a reader of the numbers must know."""
+    average = result.settings["load_average"]
+    if average > BUSY * (os.cpu_count() or 1):
+        yield f"the machine was busy before the test began (load average {average:g}); others' work is in the numbers"
     if result.found < 0.5:
         yield f"only {100 * result.found:.0f} % of a sample of the keys have rows; this measures mostly missing ones"
     for point in result.points:
         total, name = point.total(), f"{point.load}, {counted(point.load.batch, 'row')}"
         if not total.kept_up:
             late = total.arrived - total.answered
-            yield f"{name}: {late:,} of {total.arrived:,} requests were not answered in time; it is over what is served"
-        elif point.load.rate is not None and _lags(total):
+            yield f"{name}: {late:,} of {total.arrived:,} requests were not answered, or not in the measured time"
+        if _lags(total):
             yield f"{name}: the load generator itself was late; give it more --processes or cores, or a lower rate"
 
 
@@ -298,6 +304,8 @@ def compare_(first: Path, second: Path, as_json: bool) -> None:
     The rounds of each result tell the noise. A difference is told if the rounds, dealt out at random, would show it in
     at most 5 % of cases over all rows together, and if it is at least 3 %. What changed on the machine between two runs
     is no noise of rounds: run A and B in turn, and more than once, before you build on a small difference.
+
+    A and B are means of their rounds, geometric ones.
 
     \b
     Example:

@@ -41,7 +41,7 @@ def figure_of(result: Result) -> Any:
     for number, batch in enumerate(sorted({point.load.batch for point in result.points})):
         points = [point for point in result.points if point.load.batch == batch]
         for name, style in DRAWN.items():
-            drawn = sorted(_drawn(points, QUANTILES[name]))
+            drawn = _drawn(points, QUANTILES[name])
             if not drawn:
                 continue
             label = f"{name}, {batch:,} {'row' if batch == 1 else 'rows'} a request"
@@ -62,10 +62,9 @@ def figure_of(result: Result) -> Any:
 
 
 def _drawn(points: list[Point], quantile: float) -> list[tuple[float, float, bool]]:
-    """Return (answers a second, microseconds, whether it kept up) of the points that have samples for a quantile."""
+    """Return (answers a second, microseconds, whether it kept up) where there are samples for a quantile."""
     found: list[tuple[float, float, bool]] = []
-    for point in points:
-        total = point.total()
+    for total in sorted((point.total() for point in points), key=lambda total: total.arrived):
         told = total.latency.told_ns(quantile)
         if told is not None:
             found.append((total.answered / total.seconds, told / 1e3, total.kept_up))

@@ -123,6 +123,7 @@ def run(test: LoadTest, now_us: int, progress: Progress = lambda load, part: Non
 
     Raises an error of ``featserve.errors`` where the server is not there or refuses what is sent to it first.
     """
+    load_average = os.getloadavg()[0]
     service, found = _probe(test)
     # Each process has its own stream of random numbers, so their arrivals are independent: together a Poisson process.
     seeds = iter(np.random.SeedSequence(test.seed).spawn(test.processes + 1))
@@ -137,7 +138,7 @@ def run(test: LoadTest, now_us: int, progress: Progress = lambda load, part: Non
                 phases = [(writers[0], _phase(test, WRITTEN_AT_ONCE, rate, 1, 1))]
             rounds = _measure([*pipes, *phases], lambda part, number=number: progress(number, part))  # type: ignore[misc]
             points.append(Point(load, _together(rounds[: len(pipes)]), _together(rounds[len(pipes) :])))
-    return Result(now_us, service, found, settings_of(test), tuple(points))
+    return Result(now_us, service, found, settings_of(test, load_average), tuple(points))
 
 
 def _probe(test: LoadTest) -> tuple[str, float]:
@@ -174,29 +175,29 @@ def _together(rounds: list[list[Round]]) -> list[Round]:
 
 def _measure(parts: list[tuple[Connection, Phase]], progress: Callable[[float], None]) -> list[list[Round]]:
     """Run the phases of one load, all from the same instant, and return the rounds of each."""
-    for pipe, phase in parts:
-        pipe.send(phase)
-    for pipe, _ in parts:
-        _received(pipe)
-    start_ns = time.monotonic_ns() + round(START_S * 1e9)
-    for pipe, _ in parts:
-        pipe.send(start_ns)
-    seconds = parts[0][1].seconds
-    rounds: list[list[Round]] = []
-    for pipe, _ in parts:
-        while not pipe.poll(TICK_S):
-            progress(min(1.0, max(0.0, (time.monotonic_ns() - start_ns) / 1e9 / seconds)))
-        rounds.append(_received(pipe))
+    try:
+        for pipe, phase in parts:
+            pipe.send(phase)
+        for pipe, _ in parts:
+            _received(pipe)
+        start_ns = time.monotonic_ns() + round(START_S * 1e9)
+        for pipe, _ in parts:
+            pipe.send(start_ns)
+        seconds = parts[0][1].seconds
+        rounds: list[list[Round]] = []
+        for pipe, _ in parts:
+            while not pipe.poll(TICK_S):
+                progress(min(1.0, max(0.0, (time.monotonic_ns() - start_ns) / 1e9 / seconds)))
+            rounds.append(_received(pipe))
+    except (EOFError, OSError):
+        raise ServingError("a process of the load test ended before its time; its own message says why") from None
     progress(1.0)
     return rounds
 
 
 def _received(pipe: Connection) -> Any:
-    """Return what a process sent; raises ServingError where it failed."""
-    try:
-        message = pipe.recv()
-    except EOFError:
-        raise ServingError("a process of the load test ended; its own message says why") from None
+    """Return what a process sent; raises ServingError where that is what went wrong."""
+    message = pipe.recv()
     if isinstance(message, str) and message != READY:
         raise ServingError(message)
     return message
@@ -219,8 +220,8 @@ def _process(target: str, source: Reads | Writes, seed: np.random.SeedSequence) 
         process.close()
 
 
-def settings_of(test: LoadTest) -> dict[str, Any]:
-    """Return what decides what a test measures, as JSON values."""
+def settings_of(test: LoadTest, load_average: float) -> dict[str, Any]:
+    """Return what decides what a test measures, as JSON values. ``load_average``: of the minute before it."""
     written = None if test.writes is None else {"view": test.writes.view, "rows_per_s": test.writes.rate}
     return {
         "target": test.target,
@@ -237,4 +238,5 @@ def settings_of(test: LoadTest) -> dict[str, Any]:
         "grpcio": grpc.__version__,
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
+        "load_average": round(load_average, 2),
     }

@@ -46,7 +46,9 @@ class Load:
             raise invalid("connections", f"{self.connections:,}; there are 1 to {MAX_CONNECTIONS:,}")
 
     def __str__(self) -> str:
-        return f"{self.connections:,} connections" if self.rate is None else f"{self.rate:,.0f}/s"
+        if self.rate is not None:
+            return f"{self.rate:,.0f}/s"
+        return "1 connection" if self.connections == 1 else f"{self.connections:,} connections"
 
 
 class Axis(Protocol):

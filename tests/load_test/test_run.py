@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,3 +119,22 @@ def test_the_verb_refuses_a_remote_server() -> None:
     """The command line does not load another machine by accident."""
     words = ["load-test", "wide", "user_id=1..9", "--server", "192.0.2.1:7070"]
     assert "--allow-remote" in run_verb(*words, code=1).stderr
+
+
+def test_a_server_that_dies_is_counted(start: Callable[..., Server]) -> None:
+    """A server that dies under load leaves a result, whose errors say what happened from then on."""
+    server = start()
+
+    def kill(number: int, part: float) -> None:
+        if part > 0.3 and server.process.poll() is None:
+            server.kill()
+
+    loads = (Load(1, 100.0, 2),)
+    result = run(LoadTest(server.address, READS, loads, rounds=2, round_s=1, warm_up_s=0), 0, kill)
+    total = result.points[0].total()
+    assert result.found == 0
+    assert set(total.errors) <= {"UNAVAILABLE", "CANCELLED"}
+    assert total.errors["UNAVAILABLE"] > 10
+    assert total.latency.count > 10
+    assert total.latency.count + total.errors.total() == total.arrived
+    assert not total.kept_up
