@@ -44,7 +44,7 @@ class GrpcioServer:
     def __init__(self, service: Service, config: ServerConfig, telemetry: Telemetry) -> None:
         self._service, self._telemetry = service, telemetry
         self._default_deadline_s = config.default_deadline_ms / 1_000
-        self._load, self._most_calls, self._taken = telemetry.load, config.max_concurrent, 0
+        self._load, self._most_calls, self._taken = telemetry.load(), config.max_concurrent, 0
         self._writer = ThreadPoolExecutor(1, "featserve-writer")
         size = config.max_message_mb << 20
         # Calls that gRPC holds until the event loop takes them on. Over this it ends them itself, as CANCELLED: cheaper

@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from threading import Lock
 
 import numpy as np
 
@@ -66,21 +67,27 @@ class Load:
 class Meter:
     """What a server has counted since it started.
 
-    ``durations``: nanoseconds, by method, hash of the service or "", and status code. ``tallies``: rows and values, by
-    the hash of their service. ``ages``: microseconds, by view. ``written``: rows written, and those of them stored, by
-    view. ``loop_delay``: nanoseconds that the event loop came late to a task. One thread, the event loop's, counts;
-    others only read.
+    ``loads``: one for each transport. ``durations``: nanoseconds, by method, hash of the service or "", and status
+    code. ``tallies``: rows and values, by the hash of their service. ``ages``: microseconds, by view. ``written``: rows
+    written, and those of them stored, by view. ``loop_delay``: nanoseconds that the event loop came late to a task.
+    Several threads may count.
     """
 
     def __init__(self, *, ages_every_ns: int = AGES_EVERY_NS) -> None:
-        self.load = Load()
+        self.loads: list[Load] = []
         self.durations: dict[tuple[str, str, str], Buckets] = {}
         self.tallies: dict[str, Tally] = {}
         self.ages: dict[str, Buckets] = {}
         self.written: dict[str, list[int]] = {}
         self.loop_delay = Buckets(DELAY_NS)
+        self._lock = Lock()
         self._ages_every_ns = ages_every_ns
         self._ages_due_ns: dict[str, int] = {}
+
+    def load(self) -> Load:
+        """Return a count of a transport's calls, to be summed up with those of others."""
+        self.loads.append(Load())
+        return self.loads[-1]
 
     def wants_ages(self, method: str, now_ns: int) -> bool:
         """Say whether the request that begins ``now_ns`` (on a stopwatch) is one whose ages are to be counted."""
@@ -91,6 +98,10 @@ class Meter:
 
     def add(self, method: str, code: str, duration_ns: int, record: Record) -> None:
         """Count a request that has ended, with the name of its status code."""
+        with self._lock:
+            self._add(method, code, duration_ns, record)
+
+    def _add(self, method: str, code: str, duration_ns: int, record: Record) -> None:
         plan, matrix, written = record.plan, record.matrix, record.written
         service = "" if plan is None else plan.schema.hash
         durations = self.durations.get((method, service, code))

@@ -74,9 +74,8 @@ def _observe(to: Any, meter: Meter, store: OnlineStore) -> None:
     def gauge(name: str, unit: str, description: str, points: Callable[[], Points]) -> None:
         to.create_observable_gauge(name, [_observed(points)], unit, description)
 
-    load = meter.load
-    gauge("featserve.requests.active", "{request}", "Calls under way", lambda: [({}, load.active)])
-    counter("featserve.requests.shed", "{request}", "Calls refused as too many were", lambda: [({}, load.shed)])
+    gauge("featserve.requests.active", "{request}", "Calls under way", lambda: _loads(meter, "active"))
+    counter("featserve.requests.shed", "{request}", "Calls refused as too many were", lambda: _loads(meter, "shed"))
     counter("featserve.rows.read", "{row}", "Rows asked for", lambda: _rows_read(meter))
     counter("featserve.view.rows", "{row}", "Rows asked of a view, by what it had", lambda: _rows_by_status(meter))
     counter("featserve.view.nulls", "{value}", "Null values in the rows that a view had", lambda: _nulls(meter))
@@ -88,6 +87,10 @@ def _observe(to: Any, meter: Meter, store: OnlineStore) -> None:
 
 def _observed(points: Callable[[], Points]) -> Callable[[CallbackOptions], Iterable[Observation]]:
     return lambda options: [Observation(value, attributes) for attributes, value in points()]
+
+
+def _loads(meter: Meter, what: str) -> Points:
+    return [({}, sum(getattr(load, what) for load in meter.loads))]
 
 
 def _rows_read(meter: Meter) -> Points:

@@ -45,8 +45,7 @@ class Telemetry:
     """Traces and metrics of one server, either of which may be None."""
 
     def __init__(self, tracing: Tracing | None = None, meter: Meter | None = None, page: Page | None = None) -> None:
-        self.load = Load() if meter is None else meter.load
-        self._tracing, self._meter, self._page = tracing, meter, page
+        self.tracing, self.meter, self.page = tracing, meter, page
 
     @classmethod
     def open(cls, config: Config, store: OnlineStore) -> Telemetry:
@@ -66,44 +65,49 @@ class Telemetry:
             log.info("traces", extra={"endpoint": wanted.otlp_endpoint, "sample_ratio": wanted.sample_ratio})
         return cls(tracing, meter, page)
 
-    def watch(self, method: str, call: Call) -> AbstractContextManager[object]:
-        """Return the context that a request is answered in, to be traced and counted; ``method``: its name."""
-        meter, tracing = self._meter, self._tracing
-        trace = None if tracing is None else tracing.begin(call.metadata)
-        if meter is None and trace is None:
+    def load(self) -> Load:
+        """Return what a transport is to count its calls in."""
+        return Load() if self.meter is None else self.meter.load()
+
+    def watch(self, method: str, call: Call, waited_s: float = 0.0) -> AbstractContextManager[object]:
+        """Return the context that a request is answered in, to be traced and counted.
+
+        ``method``: its name. ``waited_s``: how long it has already waited for its turn. Safe from several threads.
+        """
+        trace = None if self.tracing is None else self.tracing.begin(call.metadata)
+        if trace is None and self.meter is None:
             return UNWATCHED
-        return _Watch(meter, tracing, trace, method, call)
+        return _Watch(self, trace, method, call, waited_s)
 
     async def watch_loop(self) -> None:
         """Count how late the event loop is, until cancelled."""
-        while self._meter is not None:
+        while self.meter is not None:
             due_ns = perf_counter_ns() + int(LOOP_EVERY_SECONDS * 1e9)
             await asyncio.sleep(LOOP_EVERY_SECONDS)
-            self._meter.loop_delay.add(max(perf_counter_ns() - due_ns, 0))
+            self.meter.loop_delay.add(max(perf_counter_ns() - due_ns, 0))
 
     def close(self) -> None:
         """Send the last spans, for two seconds at most, and stop."""
-        if self._tracing is not None:
-            self._tracing.close(FLUSH_SECONDS)
-        if self._page is not None:
-            self._page.close()
+        if self.tracing is not None:
+            self.tracing.close(FLUSH_SECONDS)
+        if self.page is not None:
+            self.page.close()
 
 
 class _Watch:
-    """One watched request."""
+    """One watched request; ``trace`` is None where it is only counted."""
 
-    __slots__ = ("_begun_ns", "_meter", "_method", "_record", "_trace", "_tracing")
+    __slots__ = ("_begun_ns", "_method", "_record", "_telemetry", "_trace")
 
-    def __init__(
-        self, meter: Meter | None, tracing: Tracing | None, trace: Trace | None, method: str, call: Call
-    ) -> None:
-        self._meter, self._tracing, self._trace, self._method = meter, tracing, trace, method
-        self._begun_ns = now_ns = perf_counter_ns()
+    def __init__(self, telemetry: Telemetry, trace: Trace | None, method: str, call: Call, waited_s: float) -> None:
+        self._telemetry, self._trace, self._method = telemetry, trace, method
+        self._begun_ns = begun_ns = perf_counter_ns() - int(waited_s * 1e9)
         stages: Stages | None = None
         if trace is not None:
             stages = trace.stages
-            stages.begin("receive")
-        call.record = self._record = Record(stages, meter is not None and meter.wants_ages(method, now_ns))
+            stages.begun.append(("queue" if waited_s else "receive", begun_ns))
+        meter = telemetry.meter
+        call.record = self._record = Record(stages, meter is not None and meter.wants_ages(method, begun_ns))
 
     def __enter__(self) -> None:
         pass
@@ -111,7 +115,7 @@ class _Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        record = self._record
+        record, telemetry = self._record, self._telemetry
         code = OK
         if isinstance(error, FeatserveError):
             record.error = error
@@ -121,11 +125,11 @@ class _Watch:
             record.error = ServingError(f"internal error: {error.__class__.__name__}")
         if record.error is not None:
             code = code_of(record.error)
-        if self._meter is not None:
-            self._meter.add(self._method, CODES[code], perf_counter_ns() - self._begun_ns, record)
-        if self._trace is not None and self._tracing is not None:
+        if telemetry.meter is not None:
+            telemetry.meter.add(self._method, CODES[code], perf_counter_ns() - self._begun_ns, record)
+        if self._trace is not None and telemetry.tracing is not None:
             self._trace.stages.end()
-            _end(self._tracing, self._trace, self._method, code, record)
+            _end(telemetry.tracing, self._trace, self._method, code, record)
 
 
 def _end(tracing: Tracing, trace: Trace, method: str, code: int, record: Record) -> None:

@@ -1,0 +1,364 @@
+"""Metrics of a real server, read as Prometheus reads them and held against what was asked and answered."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from featserve._proto import serving_pb2 as pb
+from featserve.config import load_config
+from featserve.matrix import FeatureMatrix, Status
+from featserve.plan import ReadPlan, compile_service
+from featserve.project import load_definitions
+from featserve.server.meter import AGE_US, LATENCY_NS, Buckets, Meter
+from featserve.server.service import Record
+from featserve.server.tally import Tally
+from featserve.store import open_store
+from featserve.types import Column
+from tests.server.messages import HOUR_US, activity, now_us, nulls, numbers, packed, weather, wide
+from tests.server.watched import WITH_TRANSFORMS, page, scored, scrape, value, watched
+from tests.serving import ROOT, Project, Server, until
+
+pytest_plugins = ["tests.served"]
+
+DASHBOARD = ROOT / "dashboards" / "featserve.json"
+DURATION = "rpc_server_call_duration_seconds"
+SERVICE = "featserve.v1.FeatureServingService"
+
+
+@pytest.fixture(scope="module")
+def counted(transport: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Run a server that counts, for the tests that look at differences only."""
+    with watched(tmp_path_factory.mktemp("counted") / "p", transport, prometheus_port=0) as server:
+        yield server
+
+
+def test_requests_are_counted_by_method_service_and_code(counted: Server) -> None:
+    """Each request is one entry of the latency histogram, under its method, service version and status code."""
+    before = scrape(counted)
+    with counted.stub() as stub:
+        for _ in range(3):
+            stub.GetFeatures(wide(1, 2))
+        stub.GetFeatures(scored(1))
+        requests = [wide(1), pb.GetFeaturesRequest(service="nope")]
+        list(stub.StreamFeatures(pb.StreamFeaturesRequest(request=r) for r in requests))
+        stub.WriteRows(activity(1, now_us()))
+        for wrong in (pb.GetFeaturesRequest(service="nope"), wide(), scored(1, by=666.0)):
+            with pytest.raises(grpc.RpcError):
+                stub.GetFeatures(wrong)
+    after = scrape(counted)
+
+    def new(method: str, service: str, code: str, part: str = "count", **labels: str) -> float:
+        labels |= {"rpc_method": f"{SERVICE}/{method}", "featserve_service": service, "rpc_response_status_code": code}
+        name = f"{DURATION}_{part}"
+        return value(after, name, **labels) - value(before, name, **labels)
+
+    assert new("GetFeatures", "wide@1", "OK") == 3
+    assert new("GetFeatures", "scored@3", "OK") == 1
+    assert new("GetFeatures", "scored@3", "INTERNAL") == 1
+    assert new("GetFeatures", "wide@1", "INVALID_ARGUMENT") == 1
+    assert new("GetFeatures", "", "NOT_FOUND") == 1
+    assert new("StreamFeatures", "wide@1", "OK") == 1
+    assert new("StreamFeatures", "", "NOT_FOUND") == 1
+    assert new("WriteRows", "", "OK") == 1
+    assert new("GetFeatures", "wide@1", "OK", "bucket", le="+Inf") == 3
+    assert 0 < new("GetFeatures", "wide@1", "OK", "sum") < 60
+    # Buckets only rise, from 25 µs to 5 s, and tell 100 µs from 150.
+    bounds = sorted({float(dict(labels)["le"]) for (name, labels) in after if name == f"{DURATION}_bucket"})
+    assert bounds[:-1] == [ns / 1e9 for ns in LATENCY_NS]
+    assert {0.0001, 0.00015, 0.001, 0.1, 1.0} <= set(bounds)
+    counts = [new("GetFeatures", "wide@1", "OK", "bucket", le=str(bound)) for bound in bounds[:-1]]
+    assert counts == sorted(counts)
+
+
+def test_rows_are_counted_by_what_their_view_had(counted: Server, rng: np.random.Generator) -> None:
+    """Rows that were present, missing or expired, and nulls, are counted as the answers say, for random requests."""
+    event_us = now_us()
+    with counted.stub() as stub:
+        stub.WriteRows(weather("de", "10115", 20.5, 3.25, event_us))
+        for user in range(200, 240):
+            kind = rng.integers(4)  # 0: no row
+            if kind:
+                score = nulls(packed("score", "f", 0.0), False) if kind == 1 else packed("score", "f", 1.0)
+                stub.WriteRows(activity(user, event_us - (HOUR_US + 9_000_000 if kind == 2 else 0), score=score))
+        before = scrape(counted)
+        expected: Counter[str] = Counter()
+        for _ in range(30):
+            request = scored(*rng.integers(200, 240, rng.integers(1, 40)).tolist())
+            answer = stub.GetFeatures(request)
+            status = np.frombuffer(answer.status, np.uint8).reshape(answer.rows, 2)
+            expected["rows"] += answer.rows
+            expected.update(f"activity {Status(s).name.lower()}" for s in status[:, 0])
+            expected.update(f"weather {Status(s).name.lower()}" for s in status[:, 1])
+            if answer.validity:
+                bits = np.frombuffer(answer.validity, np.uint8).reshape(answer.rows, -1)
+                valid = np.unpackbits(bits, axis=1, count=4, bitorder="little")
+                expected["nulls"] += int((valid[status[:, 0] == Status.PRESENT, :2] == 0).sum())
+    after = scrape(counted)
+
+    def new(name: str, **labels: str) -> int:
+        labels["featserve_service"] = "scored@3"
+        return int(value(after, name, **labels) - value(before, name, **labels))
+
+    assert new("featserve_rows_read_total") == expected["rows"]
+    for view in ("activity", "weather"):
+        for status_ in ("present", "not_found", "expired"):
+            labels = {"featserve_view": f"{view}@1", "featserve_status": status_}
+            assert new("featserve_view_rows_total", **labels) == expected[f"{view} {status_}"]
+    assert new("featserve_view_nulls_total", featserve_view="activity@1") == expected["nulls"]
+    assert new("featserve_view_nulls_total", featserve_view="weather@1") == 0
+    assert expected["activity expired"] > 0
+    assert expected["nulls"] > 0
+
+
+def test_ages_of_served_rows_are_counted_by_view(counted: Server) -> None:
+    """A row that is two minutes old is in the bucket from one to five minutes; a row that is not served is in none."""
+    labels = {"featserve_view": "numbers@1"}
+    with counted.stub() as stub:
+        stub.WriteRows(numbers([900, 901], 1.0, now_us() - 120_000_000))
+
+        def ask() -> float:
+            stub.GetFeatures(wide(900, 901, 902))
+            return value(scrape(counted), "featserve_view_age_seconds_count", **labels)
+
+        before = scrape(counted)
+        until("an answer was looked at", lambda: ask() > value(before, "featserve_view_age_seconds_count", **labels))
+    after = scrape(counted)
+
+    def new(part: str, **more: str) -> float:
+        name = f"featserve_view_age_seconds_{part}"
+        return value(after, name, **labels, **more) - value(before, name, **labels, **more)
+
+    rows = new("count")
+    assert rows % 2 == 0
+    assert (new("bucket", le="60.0"), new("bucket", le="300.0")) == (0, rows)
+    assert 120 * rows <= new("sum") < 300 * rows
+
+
+def test_writes_and_the_store_are_counted(counted: Server) -> None:
+    """Rows written and stored are counted by view; the store has a size, and its caches hits and misses."""
+    event_us = now_us()
+    with counted.stub() as stub:
+        before = scrape(counted)
+        stub.WriteRows(numbers(range(1_000, 1_010), 1.0, event_us))
+        stub.WriteRows(numbers(range(1_005, 1_015), 1.0, event_us - 1))
+        stub.StreamRows(iter([pb.StreamRowsRequest(request=numbers([1_020], 1.0))]))
+        for _ in range(5):
+            stub.GetFeatures(wide(*range(1_000, 1_010)))
+    after = scrape(counted)
+
+    def new(name: str, **labels: str) -> float:
+        return value(after, name, **labels) - value(before, name, **labels)
+
+    assert new("featserve_rows_written_total", featserve_view="numbers@1") == 21
+    assert new("featserve_rows_stored_total", featserve_view="numbers@1") == 16
+    assert value(after, "featserve_store_size_bytes") > 1_000
+    lookups = [dict(have) for name, have in after if name == "featserve_store_lookups_total"]
+    assert {(of["featserve_cache"], of["featserve_result"]) for of in lookups} == {
+        ("block", "hit"), ("block", "miss"), ("row", "hit"), ("row", "miss")
+    }  # fmt: skip
+
+
+def test_the_caches_of_a_store_count_hits_and_misses(tmp_path: Path) -> None:
+    """A row that is read again comes from the row cache; a store that is not told to count counts nothing."""
+    keys = [f"key-{i}".encode() for i in range(50)]
+    with closing(open_store(tmp_path / "s", "write")) as store, store.load() as load:
+        load.add(sorted(keys), [bytes(100)] * 50)
+    with closing(open_store(tmp_path / "s", "read", count_lookups=True)) as store:
+        before = store.cache_lookups()["row"]
+        store.read_many(keys)
+        store.read_many(keys[:20])
+        hits, misses = (now - then for now, then in zip(store.cache_lookups()["row"], before, strict=True))
+        assert (hits, misses) == (20, 50)
+        assert store.cache_lookups()["block"][1] > 0
+    with closing(open_store(tmp_path / "s", "read")) as store:
+        assert store.cache_lookups() == {}
+
+
+def test_calls_under_way_and_refused_ones_are_counted(transport: str, tmp_path: Path) -> None:
+    """Calls that are under way are a gauge; each one that is refused as they are too many is counted."""
+    ended = threading.Event()
+
+    def silent() -> Iterator[pb.StreamFeaturesRequest]:
+        ended.wait()
+        yield from ()
+
+    with watched(tmp_path / "p", transport, {"max_concurrent": 2}, prometheus_port=0) as server, server.stub() as stub:
+        assert value(scrape(server), "featserve_requests_active") == 0
+        streams = [stub.StreamFeatures(silent()) for _ in range(2)]
+        until("two calls are under way", lambda: value(scrape(server), "featserve_requests_active") == 2)
+        refused = stub.StreamFeatures(iter(()))
+        with pytest.raises(grpc.RpcError) as caught:
+            next(refused)
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert value(scrape(server), "featserve_requests_shed_total") == 1
+        ended.set()
+        assert [list(stream) for stream in streams] == [[], []]
+        until("none is under way", lambda: value(scrape(server), "featserve_requests_active") == 0)
+
+
+def test_the_delay_of_the_event_loop_is_looked_at(counted: Server) -> None:
+    """The event loop's delay is looked at again and again, whether there are requests or not."""
+    before = value(scrape(counted), "featserve_event_loop_delay_seconds_count")
+    until("it was looked at", lambda: value(scrape(counted), "featserve_event_loop_delay_seconds_count") > before + 3)
+
+
+def test_the_page_is_named_as_prometheus_wants_it(counted: Server) -> None:
+    """Names are of one form, times are in seconds, everything is described, and the page says whose it is."""
+    text = page(counted)
+    families = list(text_string_to_metric_families(text))
+    for family in families:
+        assert family.documentation, family.name
+        assert re.fullmatch(r"(featserve|rpc_server|target)_[a-z_]+", family.name), family.name
+        assert family.type in ("counter", "gauge", "histogram"), family.name
+        if family.type == "histogram":
+            assert family.name.endswith("_seconds")
+    assert 'service_name="featserve"' in text
+    assert len({family.name for family in families}) == len(families)
+
+
+def test_the_dashboard_asks_for_what_is_exported(counted: Server) -> None:
+    """Every metric and label that a panel of the dashboard names is on the page, and every metric is on a panel."""
+    with counted.stub() as stub:
+        stub.WriteRows(numbers([1], 1.0))
+        stub.GetFeatures(wide(1))
+    samples = scrape(counted)
+    names = {name for name, _ in samples} - {"target_info"}
+    labels = {label for _, have in samples for label, _ in have}
+    asked: set[str] = set()
+    dashboard = json.loads(DASHBOARD.read_text())
+    panels = [panel for panel in dashboard["panels"] if panel["type"] != "row"]
+    for panel in panels:
+        assert panel["targets"], panel["title"]
+        for target in panel["targets"]:
+            named = set(re.findall(r"\b(?:featserve|rpc_server)_\w+(?=[\[{])", target["expr"]))
+            assert named, target["expr"]
+            assert named <= names, f"{panel['title']}: {named - names} is not exported"
+            asked |= named
+            grouped = re.findall(r"\bby \(([^)]*)\)", target["expr"])
+            used = {label.strip() for group in grouped for label in group.split(",")}
+            used |= set(re.findall(r"(\w+)(?:=~?|!=|!~)\"", target["expr"]))
+            used |= set(re.findall(r"\{\{(\w+)\}\}", target.get("legendFormat", "")))
+            assert used <= labels | {"job", "instance"}, f"{panel['title']}: {used - labels} is no label"
+    families = {re.sub(r"_(bucket|count|sum)$", "", name) for name in names}
+    assert families <= {re.sub(r"_(bucket|count|sum)$", "", name) for name in asked}
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert len(ids) == len(set(ids))
+
+
+def test_a_port_that_is_taken_is_an_error_that_says_so(tmp_path: Path, transport: str) -> None:
+    """A server whose port for metrics another process has does not start, and says which port and what to do."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        server = watched(tmp_path / "p", transport, prometheus_port=port)
+        assert server.process.wait(60) != 0
+        assert server.process.stdout is not None
+        server.process.stdout.close()
+    text = server.log.read_text()
+    assert f"cannot listen on 127.0.0.1:{port} for metrics: Address already in use" in text
+    assert "Choose another [telemetry] prometheus_port" in text
+
+
+def test_without_settings_nothing_of_opentelemetry_is_loaded() -> None:
+    """A server that neither traces nor counts does not import OpenTelemetry or Prometheus."""
+    code = (
+        "import sys; from featserve.server.app import serve; from featserve.server.telemetry import Telemetry;"
+        "from featserve.config import Config; from pathlib import Path; Telemetry.open(Config(Path('.')), None);"
+        "print([m for m in sys.modules if m.startswith(('opentelemetry', 'prometheus'))])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_buckets_count_as_a_naive_histogram_does(rng: np.random.Generator) -> None:
+    """One by one or as an array, each value is in the first bucket whose bound it does not exceed."""
+    values = np.concatenate([rng.integers(-5, 10**10, 2_000), np.array([*AGE_US, 0], np.int64)])
+    one, many = Buckets(AGE_US), Buckets(AGE_US)
+    for v in values.tolist():
+        one.add(v)
+    many.add_all(values[:1_000])
+    many.add_all(values[1_000:])
+    many.add_all(values[:0])
+    naive = [0] * (len(AGE_US) + 1)
+    for v in values.tolist():
+        naive[next((i for i, bound in enumerate(AGE_US) if v <= bound), len(AGE_US))] += 1
+    assert one.counts == many.counts == naive
+    assert one.sum == many.sum == sum(values.tolist())
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ReadPlan]:
+    project = Project.make(tmp_path_factory.mktemp("plans"), WITH_TRANSFORMS)
+    definitions = load_definitions(load_config(project.folder))
+    return {service.name: compile_service(service) for service in definitions.services.values()}
+
+
+def random_matrix(plan: ReadPlan, rng: np.random.Generator, *, plain: bool) -> FeatureMatrix:
+    """Return an answer of random statuses; no feature of a row that a view does not have is valid."""
+    rows, schema = int(rng.integers(1, 50)), plan.schema
+    absent = [Status.PRESENT] if plain else [Status.PRESENT, Status.NOT_FOUND, Status.EXPIRED]
+    status = rng.choice(np.array(absent, np.uint8), (rows, len(schema.views)))
+    valid = None
+    if not plain or rng.random() < 0.5:
+        valid = rng.random((rows, len(schema.features))) < 0.8
+        for i, f in enumerate(schema.features):
+            if f.view is not None:
+                valid[:, i] &= status[:, f.view] == Status.PRESENT
+    times = rng.integers(0, 10**12, status.shape)
+    columns = tuple(Column(f.type, np.zeros(rows, np.int64)) for f in schema.column_features)
+    return FeatureMatrix(schema, np.zeros((rows, schema.width)), columns, status, valid, times)
+
+
+def test_tallies_are_what_the_statuses_of_every_value_say(plans: dict[str, ReadPlan], rng: np.random.Generator) -> None:
+    """Rows, missing rows, expired rows and nulls of each view are those of a count over all values of all answers."""
+    for plan in plans.values():
+        tally, expected = Tally(plan), np.zeros((len(plan.views), 3), np.int64)
+        rows = 0
+        for i in range(40):
+            matrix = random_matrix(plan, rng, plain=i % 2 == 0)
+            tally.add(matrix)
+            rows += len(matrix)
+            for number in range(len(plan.views)):
+                expected[number, 0] += (matrix.view_status[:, number] == Status.NOT_FOUND).sum()
+                expected[number, 1] += (matrix.view_status[:, number] == Status.EXPIRED).sum()
+                mine = [j for j, f in enumerate(plan.schema.features) if f.view == number]
+                expected[number, 2] += (matrix.status[:, mine] == Status.NULL).sum()
+        assert tally.rows == rows
+        assert np.array([tally.not_found, tally.expired, tally.nulls]).T.tolist() == expected.tolist()
+
+
+def test_ages_are_those_of_the_rows_that_were_served(plans: dict[str, ReadPlan], rng: np.random.Generator) -> None:
+    """The ages that are counted are now minus the event time, of rows that are present, and of no others."""
+    plan, meter, now = plans["ranking"], Meter(ages_every_ns=0), 10**12
+    naive = {view.id: Buckets(AGE_US) for view in plan.schema.views}
+    for _ in range(20):
+        matrix = random_matrix(plan, rng, plain=False)
+        assert matrix.event_times is not None
+        record = Record(ages=meter.wants_ages("GetFeatures", 1), plan=plan, matrix=matrix, now_us=now)
+        meter.add("GetFeatures", "OK", 1, record)
+        for i, view in enumerate(plan.schema.views):
+            for row in range(len(matrix)):
+                if matrix.view_status[row, i] == Status.PRESENT:
+                    naive[view.id].add(now - int(matrix.event_times[row, i]))
+    assert {v: (b.counts, b.sum) for v, b in meter.ages.items()} == {v: (b.counts, b.sum) for v, b in naive.items()}
+
+
+def test_ages_are_looked_at_so_often_and_no_more() -> None:
+    """Of requests a millisecond apart, one in ten is looked at; each method has its own turn."""
+    meter = Meter(ages_every_ns=10_000_000)
+    wanted = [meter.wants_ages("GetFeatures", 1 + at * 1_000_000) for at in range(100)]
+    assert (sum(wanted), wanted[0]) == (10, True)
+    assert meter.wants_ages("StreamFeatures", 1)

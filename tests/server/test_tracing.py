@@ -1,0 +1,289 @@
+"""Traces of a real server, received by the protocol's own service: what a span says, who is traced, what it costs."""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import grpc
+import pytest
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from featserve._proto import serving_pb2 as pb
+from featserve._proto.serving_pb2_grpc import FeatureServingServiceStub
+from featserve.config import TelemetryConfig
+from featserve.server.service import Call
+from featserve.server.telemetry import UNWATCHED, Telemetry
+from featserve.server.tracing import Tracing
+from tests.server.collector import Collector
+from tests.server.messages import HOUR_US, activity, now_us, nulls, numbers, packed, weather, wide
+from tests.server.watched import scored, watched
+from tests.serving import Server, until
+
+pytest_plugins = ["tests.served"]
+
+TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+METHOD = "featserve.v1.FeatureServingService/"
+FIRST = {"grpcio": "receive", "native": "queue"}
+"""What a request begins with: waiting for its message, or, where that came with it, for its turn."""
+Headers = tuple[tuple[str, str | bytes], ...]
+STAGES = [
+    "decode", "plan", "keys", "store read", "codec activity@1", "codec weather@1", "transform scaled@1",
+    "place", "encode",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let spans be sent at once."""
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    with Collector() as collector:
+        yield collector
+
+
+def traced(flags: str = "01", **more: str) -> Headers:
+    """Return the headers of a caller that traces."""
+    return ("traceparent", f"00-{TRACE}-{PARENT}-{flags}"), *more.items()
+
+
+def asked(server: Server, request: pb.GetFeaturesRequest, headers: Headers) -> pb.GetFeaturesResponse:
+    with server.stub() as stub:
+        answer: pb.GetFeaturesResponse = stub.GetFeatures(request, metadata=headers)
+    return answer
+
+
+def test_a_request_is_a_span_with_one_below_it_for_each_stage(
+    transport: str, tmp_path: Path, collector: Collector
+) -> None:
+    """The server's span says what was asked and found; its stages follow one another and fill it."""
+    with watched(tmp_path / "p", transport, otlp_endpoint=collector.endpoint, sample_ratio=0) as server:
+        event_us = now_us()
+        with server.stub() as stub:
+            stub.WriteRows(activity(1, event_us, score=nulls(packed("score", "f", 0.0), False)))
+            stub.WriteRows(activity(2, event_us - HOUR_US - 1_000_000))
+            stub.WriteRows(weather("de", "10115", 20.5, 3.25, event_us))
+        before_ns = time.time_ns()
+        asked(server, scored(1, 2, 3, 1), traced(tracestate="vendor=1"))
+        after_ns = time.time_ns()
+        (tree,) = collector.trees(1)
+    span = tree.span
+    assert (span.name, span.trace_id.hex(), span.parent_span_id.hex()) == (f"{METHOD}GetFeatures", TRACE, PARENT)
+    assert (span.status.code, span.trace_state, collector.resource["service.name"]) == (0, "vendor=1", "featserve")
+    assert tree.attributes == {
+        "rpc.system.name": "grpc",
+        "rpc.method": f"{METHOD}GetFeatures",
+        "rpc.response.status_code": "OK",
+        "featserve.service.name": "scored",
+        "featserve.service.version": 3,
+        "featserve.rows": 4,
+        "featserve.rows.not_found": 1,
+        "featserve.rows.expired": 1,
+        "featserve.values.null": 2,
+    }
+    assert tree.names == [FIRST[transport], *STAGES]
+    times = [(s.start_time_unix_nano, s.end_time_unix_nano) for s in tree.stages]
+    assert [start for start, _ in times[1:]] == [stop for _, stop in times[:-1]]
+    assert (times[0][0], times[-1][1]) == (span.start_time_unix_nano, span.end_time_unix_nano)
+    assert before_ns - 5_000_000 <= times[0][0] <= times[-1][1] <= after_ns + 5_000_000  # two readings of two clocks
+
+
+def test_the_caller_decides_and_chance_only_where_it_does_not(
+    transport: str, tmp_path: Path, collector: Collector
+) -> None:
+    """A sampled caller is traced at ratio 0 and one that is not sampled never is; a broken header counts for none."""
+    with watched(tmp_path / "p", transport, otlp_endpoint=collector.endpoint, sample_ratio=1) as server:
+        asked(server, wide(1), traced("00"))
+        asked(server, wide(1, 2), (("traceparent", "00-zz-1-01"),))
+        asked(server, wide(1, 2, 3), ())
+        asked(server, wide(1, 2, 3, 4), traced("03"))
+        assert server.stop() == 0
+    trees = collector.trees(3)
+    assert [t.attributes["featserve.rows"] for t in trees] == [2, 3, 4]
+    assert [t.span.trace_id.hex() == TRACE for t in trees] == [False, False, True]
+    assert all(t.span.parent_span_id == b"" for t in trees[:2])
+    assert len({t.span.trace_id for t in trees}) == 3
+
+
+def test_errors_are_told_and_those_of_the_server_marked(transport: str, tmp_path: Path, collector: Collector) -> None:
+    """A span has the status code and the reason of its error; it is an error where the server is at fault."""
+    with watched(tmp_path / "p", transport, otlp_endpoint=collector.endpoint, sample_ratio=1) as server:
+        with server.stub() as stub:
+            stub.WriteRows(activity(1, now_us()))
+            for request in (pb.GetFeaturesRequest(service="nope"), wide(), scored(1, by=666.0)):
+                with pytest.raises(grpc.RpcError):
+                    stub.GetFeatures(request)
+        _, unknown, empty, failed = collector.trees(4)
+    told = [(t.attributes["rpc.response.status_code"], t.attributes["error.type"]) for t in (unknown, empty, failed)]
+    assert told == [
+        ("NOT_FOUND", "UNKNOWN_NAME"), ("INVALID_ARGUMENT", "INVALID_REQUEST"), ("INTERNAL", "TRANSFORM_FAILED")
+    ]  # fmt: skip
+    assert [t.span.status.code for t in (unknown, empty, failed)] == [0, 0, 2]
+    assert failed.span.status.message == "transform scaled@1 failed: ValueError: by is 666"
+    assert unknown.names[1:] == ["decode", "plan"]
+    assert failed.names[-1] == "transform scaled@1"
+    assert failed.attributes["featserve.service.version"] == 3
+
+
+def test_writes_and_messages_of_streams_are_requests(transport: str, tmp_path: Path, collector: Collector) -> None:
+    """Each message of a stream has a span of its own, and a write says how long it waited for its turn."""
+    with watched(tmp_path / "p", transport, otlp_endpoint=collector.endpoint, sample_ratio=0) as server:
+        with server.stub() as stub:
+            stub.WriteRows(numbers([1, 2], 1.0), metadata=traced())
+            rows = (pb.StreamRowsRequest(request=numbers([n], 1.0)) for n in (3, 4))
+            stub.StreamRows(rows, metadata=traced())
+            requests = [wide(1), pb.GetFeaturesRequest(service="nope"), wide(1, 2, 3)]
+            list(stub.StreamFeatures((pb.StreamFeaturesRequest(request=r) for r in requests), metadata=traced()))
+        write, *streamed, first, wrong, last = collector.trees(6)
+    assert write.span.name == f"{METHOD}WriteRows"
+    assert write.names[-4:] == ["queue", "decode", "rows", "store write"]
+    assert (write.attributes["featserve.view"], write.attributes["featserve.rows"]) == ("numbers@1", 2)
+    assert [(t.span.name, t.attributes["featserve.rows"]) for t in streamed] == [(f"{METHOD}StreamRows", 1)] * 2
+    assert [t.attributes["rpc.response.status_code"] for t in (first, wrong, last)] == ["OK", "NOT_FOUND", "OK"]
+    assert [t.attributes.get("featserve.rows") for t in (first, wrong, last)] == [1, None, 3]
+    assert {t.span.parent_span_id.hex() for t in (write, *streamed, first, wrong, last)} == {PARENT}
+
+
+def test_the_environment_says_where_to_send_and_who_it_is(
+    transport: str, tmp_path: Path, collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenTelemetry's own variables count: the endpoint, the service's name, and attributes of the resource."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.endpoint)
+    monkeypatch.setenv("OTEL_SERVICE_NAME", "features-eu")
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=test")
+    with watched(tmp_path / "p", transport, sample_ratio=1) as server:
+        asked(server, wide(1), ())
+        collector.trees(1)
+    assert collector.resource["service.name"] == "features-eu"
+    assert collector.resource["deployment.environment.name"] == "test"
+
+
+def slowest_s(stub: FeatureServingServiceStub, requests: int) -> float:
+    """Ask for features one after the other; return the time of the slowest."""
+    slowest = 0.0
+    for _ in range(requests):
+        begun = time.monotonic()
+        stub.GetFeatures(wide(1), timeout=30)
+        slowest = max(slowest, time.monotonic() - begun)
+    return slowest
+
+
+@pytest.mark.parametrize("hangs", [True, False])
+def test_no_request_waits_for_the_collector(
+    transport: str, tmp_path: Path, hangs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a collector that never answers, or none at all, every request is answered, and the server stops in time."""
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "64")
+    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "32")
+    with Collector(hangs=hangs) as collector:
+        if not hangs:
+            collector.__exit__(None, None, None)
+        with watched(tmp_path / "p", transport, otlp_endpoint=collector.endpoint, sample_ratio=1) as server:
+            with server.stub() as stub:
+                assert slowest_s(stub, 5) < 10
+                if hangs:
+                    assert collector.asked.wait(60)
+                assert slowest_s(stub, 200) < 10  # 1,600 spans: 25 times what the queue holds
+            begun = time.monotonic()
+            assert server.stop() == 0
+            assert time.monotonic() - begun < 15
+        assert "traces" in [e["message"] for e in server.events()]
+    assert collector.spans == [] or hangs
+
+
+@pytest.mark.slow
+def test_a_collector_that_comes_back_is_sent_spans_again(transport: str, tmp_path: Path) -> None:
+    """Spans are sent to a collector that was not there when the server started."""
+    with Collector() as gone:
+        port = gone.port
+    with watched(tmp_path / "p", transport, otlp_endpoint=f"http://127.0.0.1:{port}", sample_ratio=1) as server:
+        asked(server, wide(1), ())
+        with Collector(port=port) as collector, server.stub() as stub:
+            until("a span has come", lambda: stub.GetFeatures(wide(1)) and collector.spans)
+
+
+def begin(tracing: Tracing, *headers: tuple[str, str]) -> bool:
+    return tracing.begin((("user-agent", "test"), *headers)) is not None
+
+
+@pytest.mark.parametrize(
+    ("header", "recorded"),
+    [
+        (f"00-{TRACE}-{PARENT}-01", True),
+        (f"00-{TRACE}-{PARENT}-00", False),
+        (f"00-{TRACE}-{PARENT}-ff", True),
+        (f"00-{TRACE}-{PARENT}-02", False),
+        (f"cc-{TRACE}-{PARENT}-01-what-the-future-adds", True),
+        (f"cc-{TRACE}-{PARENT}-01", True),
+        (f"00-{TRACE}-{PARENT}-01-more", None),
+        (f"ff-{TRACE}-{PARENT}-01", None),
+        (f"cc-{TRACE}-{PARENT}-01more", None),
+        (f"00-{'0' * 32}-{PARENT}-01", None),
+        (f"00-{TRACE}-{'0' * 16}-01", None),
+        (f"00-{TRACE.upper()}-{PARENT}-01", None),
+        (f"00-{TRACE}-{PARENT}-1", None),
+        (f"00-{TRACE}-{PARENT}-01\n", None),
+        (f"00-{TRACE}{PARENT}-01", None),
+        ("", None),
+        ("00", None),
+    ],
+)
+def test_traceparents_are_read_as_the_standard_says(header: str, recorded: bool | None) -> None:
+    """A valid header decides by its sampled bit; one that is not valid (None) decides nothing."""
+    for ratio in (0.0, 1.0):
+        tracing = Tracing(TelemetryConfig(sample_ratio=ratio), exporter=InMemorySpanExporter())
+        assert begin(tracing, ("traceparent", header)) is (recorded if recorded is not None else ratio == 1)
+        tracing.close(10)
+
+
+def test_the_ratio_is_kept(seed: int) -> None:
+    """Of many requests, the declared part is recorded, to within five standard deviations."""
+    for ratio in (0.0, 0.01, 0.25, 1.0):
+        tracing = Tracing(TelemetryConfig(sample_ratio=ratio), exporter=InMemorySpanExporter(), chance=Random(seed))
+        requests = 20_000
+        recorded = sum(begin(tracing) for _ in range(requests))
+        assert abs(recorded - requests * ratio) <= 5 * (requests * ratio * (1 - ratio)) ** 0.5
+        tracing.close(10)
+
+
+def test_a_request_that_is_not_recorded_makes_nothing() -> None:
+    """Without a draw in its favour, a request gets no record, no stages and no span."""
+    exporter = InMemorySpanExporter()
+    tracing = Tracing(TelemetryConfig(sample_ratio=0), exporter=exporter)
+    telemetry = Telemetry(tracing)
+    for _ in range(100):
+        call = Call((("traceparent", f"00-{TRACE}-{PARENT}-00"),), 1.0)
+        with telemetry.watch("GetFeatures", call) as watch:
+            assert (watch, call.record) == (None, None)
+        assert telemetry.watch("GetFeatures", call) is UNWATCHED
+    tracing.close(10)
+    assert exporter.get_finished_spans() == ()
+
+
+def test_times_are_those_of_the_stopwatch() -> None:
+    """A stage that took 20 ms is a span of 20 ms or a little more, at the time of day that it ran."""
+    exporter = InMemorySpanExporter()
+    tracing = Tracing(TelemetryConfig(sample_ratio=1), exporter=exporter)
+    before_ns = time.time_ns()
+    trace = tracing.begin(())
+    assert trace is not None
+    trace.stages.begin("first")
+    time.sleep(0.02)
+    trace.stages.begin("second")
+    trace.stages.end()
+    tracing.end(trace, "request", {"a": 1}, None)
+    tracing.close(10)
+    first, second, request = exporter.get_finished_spans()
+    assert (first.name, second.name, request.name) == ("first", "second", "request")
+    assert first.start_time is not None
+    assert first.end_time is not None
+    assert first.end_time - first.start_time >= 20_000_000
+    assert before_ns - 1_000_000 <= first.start_time < time.time_ns()
+    assert (request.start_time, request.end_time) == (first.start_time, second.end_time)
+    assert struct.pack(">Q", first.parent.span_id if first.parent else 0) == struct.pack(">Q", request.context.span_id)
