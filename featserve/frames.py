@@ -111,6 +111,8 @@ def rows_of(data: Frame, expected: Mapping[str, Type], event_time: Any, known_at
     kept = {name: values for name, values in given.items() if name in expected or name not in extra}
     columns = columns_of(kept, expected)
     rows = len(next(iter(columns.values())))
+    if rows == 0:
+        raise invalid("columns", "the batch is empty; send at least one row")
     known = (
         None
         if known_at is None
