@@ -32,6 +32,9 @@ Context = grpc.aio.ServicerContext[bytes, bytes]
 
 Answer = TypeVar("Answer")
 
+BACKLOG = 65_536
+"""Calls that gRPC holds until the event loop takes them on, to answer or to refuse with a reason. What is over this it
+ends itself, as CANCELLED."""
 MAX_SETTLING_S = 0.5
 """How long a server that was told to stop takes on what keeps arriving."""
 
@@ -47,16 +50,13 @@ class GrpcioServer:
         self._load, self._most_calls, self._taken = telemetry.load(), config.max_concurrent, 0
         self._writer = ThreadPoolExecutor(1, "featserve-writer")
         size = config.max_message_mb << 20
-        # Calls that gRPC holds until the event loop takes them on. Over this it ends them itself, as CANCELLED: cheaper
-        # than any refusal from here, which would take the time of those that can be served.
-        backlog = max(config.max_concurrent, 256)
         self._server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", size),
                 ("grpc.max_send_message_length", size),
                 ("grpc.so_reuseport", 0),
-                ("grpc.server.max_pending_requests", backlog),
-                ("grpc.server.max_pending_requests_hard_limit", backlog),
+                ("grpc.server.max_pending_requests", BACKLOG),
+                ("grpc.server.max_pending_requests_hard_limit", BACKLOG),
             ],
             # Bounds what ``_counted`` does not: health, reflection, and calls that are being refused.
             maximum_concurrent_rpcs=2 * config.max_concurrent,

@@ -134,8 +134,7 @@ def test_a_burst_is_answered_or_refused(small: Server) -> None:
         request = ranking(1)
         calls = [stub.GetFeatures.future(request, timeout=60) for _ in range(2_000)]
         codes = {call.code() for call in calls}
-        # CANCELLED is how grpcio itself refuses what it has no room to queue.
-        assert codes <= {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.CANCELLED}
+        assert codes <= {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED}
         assert grpc.StatusCode.OK in codes
         assert [stub.GetFeatures(request).rows for _ in range(100)] == [1] * 100
 
