@@ -174,7 +174,7 @@ def test_answers_equal_the_model(backend: str, trial: int, seed: int, tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trial", range(100, 130))
+@pytest.mark.parametrize("trial", range(100, 112))
 @pytest.mark.parametrize("backend", ["memory", "rocksdb"])
 def test_long_histories_equal_the_model(backend: str, trial: int, seed: int, tmp_path: Path) -> None:
     """The same for longer histories and more of them."""
