@@ -71,7 +71,7 @@ def numbers(users: Iterable[int], value: float, event_us: int | None = None) -> 
     ids = np.fromiter(users, "<i8")
     columns = [pb.Column(name="user_id", type=pb.DATA_TYPE_INT64, data=ids.tobytes())]
     columns += [
-        pb.Column(name=f"f{i}", type=pb.DATA_TYPE_FLOAT64, data=np.full(len(ids), value + i).tobytes())
+        pb.Column(name=f"f{i}", type=pb.DATA_TYPE_FLOAT64, data=np.full(len(ids), value + i, "<f8").tobytes())
         for i in range(50)
     ]
     times = np.full(len(ids), now_us() if event_us is None else event_us)
