@@ -38,6 +38,7 @@ def from_labels(verb: Verb) -> Verb:
         click.option(
             "--engine", type=click.Choice(["duckdb", "spark"]), default="duckdb", show_default=True, help="What joins."
         ),
+        click.option("--memory-limit", metavar="SIZE", help="What the engine may hold in memory, as in 4GB."),
         project,
     )
     for parameter in reversed(parameters):
@@ -56,6 +57,7 @@ def train(
     time_column: str,
     out: Path,
     engine: Engine,
+    memory_limit: str | None,
     folder: Path,
     event_times: bool,
     statuses: bool,
@@ -80,7 +82,7 @@ def train(
         raise click.BadParameter(f"{out} holds the labels", param_hint="--out")
     started = time.monotonic()
     definition, root = applied(folder).service(service), settings(folder).folder
-    with closing(open_engine(engine)) as opened, _progress() as steps:
+    with closing(open_engine(engine, memory_limit=memory_limit)) as opened, _progress() as steps:
         frame = training.training_frame(
             opened, definition, labels, time_column,
             root=root, event_times=event_times, statuses=statuses, progress=steps,
@@ -136,6 +138,7 @@ def leakage(
     label: str,
     plot: Path | None,
     engine: Engine,
+    memory_limit: str | None,
     folder: Path,
     as_json: bool,
 ) -> None:
@@ -156,7 +159,7 @@ def leakage(
     if plot is not None:
         check_plot(plot)
     definition, root = applied(folder).service(service), settings(folder).folder
-    with closing(open_engine(engine)) as opened, _progress() as steps:
+    with closing(open_engine(engine, memory_limit=memory_limit)) as opened, _progress() as steps:
         report = report_leakage(opened, definition, labels, time_column, label, root=root, progress=steps)
     if plot is not None:
         report.plot(plot)

@@ -41,6 +41,10 @@ class DuckDBEngine:
                     raise TooLarge(f"{scan.source}: the join needs more memory, or disk to spill to: {error}") from None
                 except duckdb.Error as error:
                     raise SourceError(f"{scan.source}: cannot be read: {error}") from None
+                except RuntimeError as error:
+                    if str(error) == "Query interrupted":  # what DuckDB makes of Ctrl-C
+                        raise KeyboardInterrupt from None
+                    raise
                 yield found
 
     def map_batches(self, function: Callable[[Any], Any], table: Any, schema: Any) -> Any:
