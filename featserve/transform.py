@@ -160,7 +160,7 @@ def _call(step: Step, given: list[Column], rows: int) -> list[Column]:
         arguments["valid"] = {p.name: _read_only(_mask(col)) for p, col in zip(step.parameters, given, strict=True)}
     try:
         answer = step.function(**arguments)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TransformError(
             f"transform {step.id} failed: {error.__class__.__name__}: {error}", metadata={"transform": step.id}
         ) from error
@@ -181,9 +181,10 @@ def _declared(names: list[str]) -> str:
 
 
 def _argument(col: Column) -> Array:
-    """Return a column as the function takes it: read-only."""
+    """Return a column as the function takes it: read-only, and in one piece, as in every other batch."""
     if col.offsets is None:
-        return _read_only(col.values.view(INSTANTS) if col.type is Timestamp else col.values)
+        values = np.ascontiguousarray(col.values)
+        return _read_only(values.view(INSTANTS) if col.type is Timestamp else values)
     cells = col.to_bytes_list()
     if col.type is String:
         return _read_only(np.array([cell.decode() for cell in cells], STRINGS))
@@ -228,21 +229,16 @@ def _answer(step: Step, result: Result, answer: Any, rows: int) -> Column:
 def _texts(step: Step, result: Result, values: Array, valid: Mask | None) -> Column:
     """Return an output of strings or bytes as a column."""
     cells: list[Any] = values.tolist()
-    lengths: Any
     if result.field.type is String:
-        text = "".join(cells)
-        data = text.encode()
-        lengths = np.strings.str_len(values) if len(data) == len(text) else [len(cell.encode()) for cell in cells]
-    else:
-        if valid is not None:
-            cells = [cell if ok else b"" for cell, ok in zip(cells, valid.tolist(), strict=True)]
-        for row, cell in enumerate(cells):
-            if not isinstance(cell, bytes):
-                raise broken(step.id, f"returned {_kind(cell)} in row {row} of output {result.name!r}, not bytes")
-        data, lengths = b"".join(cells), [len(cell) for cell in cells]
+        cells = [cell.encode() for cell in cells]
+    elif valid is not None:
+        cells = [cell if ok else b"" for cell, ok in zip(cells, valid.tolist(), strict=True)]
+    for row, cell in enumerate(cells):
+        if not isinstance(cell, bytes):
+            raise broken(step.id, f"returned {_kind(cell)} in row {row} of output {result.name!r}, not bytes")
     offsets = np.zeros(len(cells) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return Column(result.field.type, np.frombuffer(data, np.uint8), offsets, valid)
+    np.cumsum([len(cell) for cell in cells], out=offsets[1:])
+    return Column(result.field.type, np.frombuffer(b"".join(cells), np.uint8), offsets, valid)
 
 
 def with_default(f: Field, col: Column) -> Column:

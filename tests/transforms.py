@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import dedent
 from types import MappingProxyType
+from typing import Literal
 
 from featserve.catalog import Definitions
 from featserve.config import Config, ProjectConfig
-from featserve.definitions import OnDemandTransform
+from featserve.definitions import Field, OnDemandTransform
+from featserve.definitions.code import MAIN, Code
+from featserve.definitions.transform import Input
 from featserve.project import load_definitions
 
 HEAD = """\
@@ -55,3 +58,16 @@ def load_one(
     """Load definitions with one transform, and return that."""
     (transform,) = load(folder, body, files, file).transforms.values()
     return transform
+
+
+def made(
+    source: str,
+    inputs: Mapping[str, Input],
+    outputs: Sequence[Field],
+    nulls: Literal["strict", "pass"] = "strict",
+    name: str | None = None,
+) -> OnDemandTransform:
+    """Return a transform of the first function in ``source``, as a registry would give it back; NumPy is imported."""
+    entry = source.partition("def ")[2].partition("(")[0]
+    code = Code(entry, {MAIN: "import numpy as np\n" + dedent(source)})
+    return OnDemandTransform(name or entry, inputs, outputs, code, nulls=nulls)

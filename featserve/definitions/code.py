@@ -80,7 +80,7 @@ class Code:
 
         try:
             function: Function = getattr(load(MAIN), self.entry)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise DefinitionError(
                 f"transform {self.entry!r}: its code does not run: {error.__class__.__name__}: {error}"
             ) from error
