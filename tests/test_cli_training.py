@@ -133,7 +133,8 @@ def test_event_times_and_statuses(folder: Path) -> None:
 
 
 def test_refused_before_any_work(folder: Path) -> None:
-    """A file that is no Parquet, or that holds the labels, is no place for a frame."""
+    """A file that is no Parquet, or that holds the labels, is no place for a frame, and a limit is a size."""
+    assert "as in 4G" in train(folder, "--out", folder / "x.parquet", "--memory-limit", "lots", code=2)[1]
     assert "ends in .parquet" in train(folder, "--out", folder / "train.csv", code=2)[1]
     before = (folder / "labels.parquet").read_bytes()
     assert "holds the labels" in train(folder, "--out", folder / "." / "labels.parquet", code=2)[1]
@@ -195,7 +196,7 @@ def test_leakage_without_a_terminal(folder: Path) -> None:
 def test_spark_gives_the_same_frame(folder: Path) -> None:
     """With --engine spark the file is the same."""
     train(folder, "--out", folder / "first.parquet", "--statuses")
-    train(folder, "--out", folder / "second.parquet", "--statuses", "--engine", "spark", "--memory-limit", "2g")
+    train(folder, "--out", folder / "second.parquet", "--statuses", "--engine", "spark", "--memory-limit", "2G")
     assert pq.read_table(folder / "first.parquet") == pq.read_table(folder / "second.parquet")
 
 

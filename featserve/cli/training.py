@@ -6,6 +6,7 @@ Comes in: a project's applied definitions and a file of labels. Both read the ba
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -29,6 +30,13 @@ file = click.Path(exists=True, dir_okay=False, path_type=Path)
 new_file = click.Path(dir_okay=False, path_type=Path)
 
 
+def memory(text: str) -> str:
+    """Return a size as every engine takes it."""
+    if not re.fullmatch(r"[1-9][0-9]*[MG]", text):
+        raise click.BadParameter(f"{text!r} is not a size as in 4G or 500M")
+    return text
+
+
 def from_labels(verb: Verb) -> Verb:
     """Add what both verbs take: a service, labels, their time, and the engine that joins them."""
     parameters = (
@@ -38,7 +46,9 @@ def from_labels(verb: Verb) -> Verb:
         click.option(
             "--engine", type=click.Choice(["duckdb", "spark"]), default="duckdb", show_default=True, help="What joins."
         ),
-        click.option("--memory-limit", metavar="SIZE", help="What the engine may hold in memory, as in 4GB."),
+        click.option(
+            "--memory-limit", type=memory, metavar="SIZE", help="What it may hold in memory, as in 4G or 500M."
+        ),
         project,
     )
     for parameter in reversed(parameters):
