@@ -1,0 +1,97 @@
+"""``python -m bench``: run the benchmarks that are named, or all; print tables and write bench/results/latest.json."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench import bulk_load, in_process, memory, project, report, server
+from bench.report import ROOT, Figure
+
+
+def pieces(folder: Path) -> list[Figure]:
+    """Run the micro-benchmarks of ``bench/pieces`` with pytest-benchmark."""
+    path = folder / "pieces.json"
+    options = ["--benchmark-disable-gc", "--benchmark-json", str(path)]
+    run("pytest", "-q", "bench/pieces", *options)
+    found = json.loads(path.read_text(encoding="utf-8"))["benchmarks"]
+    return [
+        Figure(
+            b["name"].removeprefix("test_"),
+            b["stats"]["median"] * 1e6,
+            "us",
+            note=f"least {b['stats']['min'] * 1e6:.1f}",
+        )
+        for b in found
+    ]
+
+
+def temporal_join(folder: Path) -> list[Figure]:
+    """Join 10 million rows to a million labels, beside DuckDB's own ASOF join."""
+    found = json.loads(run("bench.offline_join"))
+    return [
+        Figure("ours", found["ours_seconds"], "s"),
+        Figure("DuckDB ASOF", found["asof_seconds"], "s"),
+        Figure("ours to ASOF", found["ratio"], ""),
+        Figure("labels lost", found["rows_lost"], "", 0, at_most=True),
+    ]
+
+
+def run(module: str, *arguments: str) -> str:
+    """Return the output of ``python -m module``, run in a process of its own."""
+    command = [sys.executable, "-m", module, *arguments]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if ran.returncode:
+        raise RuntimeError(f"`{' '.join(command)}` failed:\n{ran.stdout}{ran.stderr}")
+    return ran.stdout
+
+
+BENCHES: dict[str, tuple[str, Callable[[Path], list[Figure]]]] = {
+    "bulk_load": ("Bulk load: 1 million rows of 50 float64, Parquet to served", bulk_load.measure),
+    "server": ("Server: 50 float64 features, 1 million entities, 8 connections", server.measure),
+    "in_process": ("In process: the same view, no server", in_process.measure),
+    "memory": ("Memory of a server", memory.measure),
+    "pieces": ("Pieces: median of each", pieces),
+    "offline_join": ("Training join: 10 million rows, 1 million labels", temporal_join),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHES)}; all by default")
+    parser.add_argument("--folder", type=Path, help="keep the generated project here, and use it again")
+    options = parser.parse_args()
+    names = options.names or list(BENCHES)
+    if unknown := set(names) - set(BENCHES):
+        parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHES)}")
+    with tempfile.TemporaryDirectory(prefix="featserve-bench-") as temporary:
+        folder = options.folder or Path(temporary)
+        measured: dict[str, Any] = {"machine": report.machine(), "figures": {}}
+        for name in names:
+            title, measure = BENCHES[name]
+            if name in ("bulk_load", "server", "in_process", "memory"):
+                prepare(folder, loaded=name != "bulk_load")
+            figures = measure(folder)
+            report.show(title, figures)
+            measured["figures"][name] = figures
+            report.write(measured)
+    print(f"\nWritten to {report.RESULTS.relative_to(ROOT)}")
+
+
+def prepare(folder: Path, loaded: bool) -> None:
+    """Make the project in ``folder`` where it is missing, and load its store if it is to be ``loaded``."""
+    if not (folder / "featserve.toml").is_file():
+        print(f"Making {project.ENTITIES:,} rows of {project.FEATURES} float64 ...", flush=True)
+        project.make(folder)
+    if loaded and not (folder / ".featserve" / "store").is_dir():
+        project.materialize(folder)
+
+
+if __name__ == "__main__":
+    main()

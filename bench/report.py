@@ -1,0 +1,93 @@
+"""What was measured: figures beside their targets, as a table and as JSON, and the machine they were measured on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results" / "latest.json"
+PACKAGES = ("featserve", "grpcio", "numpy", "protobuf", "pyarrow", "rocksdict", "uvloop", "duckdb")
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One figure. ``target``: the least it should be, or with ``at_most`` the most; None where nothing is promised."""
+
+    name: str
+    value: float
+    unit: str
+    target: float | None = None
+    at_most: bool = False
+    note: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """PASS, MISS, or nothing where there is no target."""
+        if self.target is None:
+            return ""
+        return "PASS" if (self.value <= self.target if self.at_most else self.value >= self.target) else "MISS"
+
+
+def show(title: str, figures: Sequence[Figure]) -> None:
+    """Print figures as a table."""
+    rows = [("", "measured", "target", "", "")]
+    for f in figures:
+        target = "" if f.target is None else f"{'<=' if f.at_most else '>='} {number(f.target)}"
+        rows.append((f.name, f"{number(f.value)} {f.unit}", target, f.verdict, f.note))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    print(f"\n{title}")
+    for name, value, *rest in rows:
+        cells = [
+            name.ljust(widths[0]),
+            value.rjust(widths[1]),
+            *(c.ljust(w) for c, w in zip(rest, widths[2:], strict=False)),
+        ]
+        print("  " + "  ".join([*cells, rest[2]]).rstrip())
+
+
+def number(value: float) -> str:
+    """Return a number with three digits that say something, or all that stand before the point."""
+    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+    return f"{value:,.{digits}f}"
+
+
+def machine() -> dict[str, Any]:
+    """Return what the figures depend on beside the code."""
+    cpus = [line for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")]
+    memory = _read("/proc/meminfo").splitlines()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return {
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit.stdout.strip(),
+        "cpu": cpus[0].partition(":")[2].strip() if cpus else platform.processor(),
+        "cpus": os.cpu_count(),
+        "memory": memory[0].partition(":")[2].strip() if memory else "",
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "load_average": os.getloadavg(),
+        "packages": {name: version(name) for name in PACKAGES},
+    }
+
+
+def _read(path: str) -> str:
+    return Path(path).read_text(encoding="utf-8") if Path(path).is_file() else ""
+
+
+def write(measured: dict[str, Any], path: Path = RESULTS) -> None:
+    """Write everything that was measured as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(measured, indent=2, default=asdict_of) + "\n", encoding="utf-8")
+
+
+def asdict_of(value: Any) -> Any:
+    """Return a figure as JSON holds it."""
+    return asdict(value) | {"verdict": value.verdict}

@@ -1,0 +1,64 @@
+"""The two servers that are compared, each in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+from bench.report import ROOT
+
+
+class Server:
+    """A server process on a free port, from ``with`` on; its first line of output ends with its address."""
+
+    def __init__(self, name: str, *arguments: str) -> None:
+        self.name = name
+        self._arguments = arguments
+
+    def __enter__(self) -> Self:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", *self._arguments],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"`python -m {' '.join(self._arguments)}` ended before it served")
+        self.address = line.split()[-1]
+        self._watched = psutil.Process(self._process.pid)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._process.terminate()
+        self._process.wait(30)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+    def cpu_s(self) -> float:
+        """Return the seconds of processor time that it has taken."""
+        times = self._watched.cpu_times()
+        return float(times.user + times.system)
+
+    def memory_mb(self) -> float:
+        """Return the memory that it holds (its resident set), in MiB."""
+        return float(self._watched.memory_info().rss / 2**20)
+
+
+def ours(folder: Path) -> Server:
+    """Return the server that a user starts."""
+    return Server("featserve", "featserve", "serve", "--project", str(folder), "--port", "0")
+
+
+def bare(folder: Path) -> Server:
+    """Return the bare handler."""
+    return Server("bare grpc.aio", "bench.bare", str(folder))
