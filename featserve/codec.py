@@ -35,7 +35,7 @@ import numpy as np
 
 from featserve.batch import EventBatch, Int64s
 from featserve.definitions import FeatureView, Field
-from featserve.errors import CorruptRow, invalid
+from featserve.errors import CorruptRow, TooLarge, invalid
 from featserve.types import Array, Bytes, Column, Mask, Type, column, concat, gather
 
 MAGIC = 0xF5
@@ -44,6 +44,8 @@ STAMP = slice(8, 32)
 PREFIX_BYTES = 8
 MAX_KEY_BYTES = 4_096
 MAX_ROW_BYTES = 64 << 20
+MAX_STRINGS_BYTES = 256 << 20
+"""The most that the strings of one view may take in one answer: a request can name a large row ten thousand times."""
 BLOCK_ROWS = 4_096
 """Rows encoded at once: a block stays in the processor's cache while its columns are written across it."""
 
@@ -220,7 +222,8 @@ class RowCodec:
     def decode(self, rows: Sequence[bytes]) -> Rows:
         """Return ``rows`` as arrays.
 
-        Raises CorruptRow for a row that is truncated. Its head is not looked at: ``check_heads`` does, or the caller.
+        Raises CorruptRow for a row that is truncated, and TooLarge for strings that take over 256 MiB. The heads of the
+        rows are not looked at: ``check_heads`` does, or the caller.
         """
         width = self.width
         if not self.variable:
@@ -236,6 +239,11 @@ class RowCodec:
         ends = fixed["ends"]
         if (ends[:, -1] != lengths).any() or (ends.shape[1] > 1 and (ends[:, 1:] < ends[:, :-1]).any()):
             raise self.corrupt(rows)
+        if (size := int(lengths.sum())) > MAX_STRINGS_BYTES:
+            raise TooLarge(
+                f"view {self.view}: the strings of {len(rows):,} rows take {size:,} bytes; the most in one answer is "
+                f"{MAX_STRINGS_BYTES:,}. Ask for fewer rows"
+            )
         strings = np.frombuffer(b"".join([row[width:] for row in rows]), np.uint8)
         return Rows(fixed, strings, np.cumsum(lengths) - lengths)
 

@@ -14,6 +14,7 @@ from featserve._proto import serving_pb2 as pb
 from featserve._proto.serving_pb2_grpc import FeatureServingServiceStub
 from tests.server.messages import (
     HOUR_US,
+    Refusal,
     activity,
     instants,
     now_us,
@@ -352,8 +353,15 @@ def test_too_large_an_answer(stub: FeatureServingServiceStub) -> None:
     """An answer over the limit is an error, and the connection goes on."""
     token = texts("token", b"x" * (2 << 20), type=pb.DATA_TYPE_BYTES)
     stub.WriteRows(activity(210, now_us(), token=token, last_seen=instants("last_seen", 0)))
-    users = packed("user_id", "q", *[210] * 10)
-    keys = [users, texts("country", *["de"] * 10), texts("zip", *["1"] * 10)]
-    error = refusal(lambda: stub.GetFeatures(get("ranking", *keys)))
+
+    def ask(rows: int) -> Refusal:
+        keys = [packed("user_id", "q", *[210] * rows), texts("country", *["de"] * rows), texts("zip", *["1"] * rows)]
+        return refusal(lambda: stub.GetFeatures(get("ranking", *keys)))
+
+    error = ask(10)
     assert (error.code, "larger than max" in error.message) == (EXHAUSTED, True)
+    error = ask(10_000)  # of what would be twenty gigabytes, nothing is made
+    assert (error.code, error.reason) == (INVALID, "TOO_LARGE")
+    assert "the strings of 10,000 rows take 20,9" in error.message
+    assert "Ask for fewer rows" in error.message
     assert stub.GetFeatures(wide(1)).rows == 1
