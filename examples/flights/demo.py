@@ -207,7 +207,7 @@ def leak() -> None:
     command(
         "leakage", SERVICE, "--labels", "data/flights.parquet", "--time", "scheduled_departure",
         "--label", "departure_delay_min", "--plot", str(PLOT.relative_to(FOLDER)),
-        first=18,
+        first=16,
     )  # fmt: skip
     say("A join on event time alone would have shown the model, in the first two, what it is to predict.")
     say(f"The whole report, drawn: {PLOT}")
@@ -229,7 +229,7 @@ def predict(address: str, flights: Any) -> None:
     for name in ("flight", "route", "risk", "what happened"):
         table.add_column(name, justify="right" if name == "risk" else "left")
     risk = model.risks(fitted, served.values)
-    for row in np.argsort(-risk)[[*range(4), *range(-4, 0)]].tolist():
+    for row in np.argsort(-risk)[[*range(3), *range(-3, 0)]].tolist():
         flight = flights.slice(row, 1).to_pylist()[0]
         delay = flight["departure_delay_min"]
         happened = "cancelled" if delay is None else f"left {abs(delay)} min {'late' if delay > 0 else 'early'}"
@@ -237,7 +237,7 @@ def predict(address: str, flights: Any) -> None:
             f"{flight['carrier']} {flight['flight_number']}", f"{flight['origin']}-{flight['dest']}",
             f"{risk[row]:.0%}", happened if delay else "left on time",
         )  # fmt: skip
-    say(f"The vectors served for {THEN_TEXT}: the riskiest and the safest four of {len(flights)}")
+    say(f"The vectors served for {THEN_TEXT}: the riskiest and the safest three of {len(flights)}")
     say(table)
     compare(served, frame)
 

@@ -1,0 +1,48 @@
+"""``make demo`` as a stranger runs it: it ends by itself, and says what it promises to."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.serving import ROOT
+
+MUST_SAY = (
+    r"^flights\.parquet +336,776 rows$",
+    r"^Applied: \d+ created\.",
+    r"^carrier_last_departure@1 +328,521 +\d+ +[\d,]+ +\d+\.\d\d$",
+    r"^hourly_weather( +PRESENT \d+ (min|h)){5}$",
+    r"^aircraft_attributes( +(PRESENT 330 d|NOT_FOUND)){5}$",
+    r"^  crosswind_mph( +[\d.]+){5}$",
+    r"^ +1 flight +a request: p50 [\d.]+ ms, p99 [\d.]+ ms",
+    r"^ +16 flights a request: p50 [\d.]+ ms, p99 [\d.]+ ms",
+    r"^  rows +336,776, each with 30 features$",
+    r"^route_last_arrival\.arrival_delay_min +pearson +0\.105 +0\.901 ",
+    r"^carrier_last_departure\.departure_delay_min +pearson +0\.161 +0\.842 ",
+    r"ROC AUC 0\.[67]\d\d\.",
+    r"^16 flights x 30 features, 480 values: .*$\n^.*equal to the last bit\.$",
+    r"The server was told to stop, and did\.",
+)
+
+
+@pytest.mark.slow
+def test_demo(tmp_path: Path) -> None:
+    """It starts afresh, says all of it within 100 columns and about 120 lines, and exits with 0."""
+    shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns(".featserve", "data"))
+    made = tmp_path / "examples" / "flights" / ".featserve"
+    (made / "store").mkdir(parents=True)
+    for name in ("registry.db", "store/CURRENT", "server.log"):
+        (made / name).write_text("left by a run that was killed")
+    done = subprocess.run([sys.executable, "-m", "examples.flights.demo"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    for pattern in MUST_SAY:
+        assert re.search(pattern, done.stdout, re.MULTILINE), f"{pattern} is not in\n{done.stdout}"
+    lines = done.stdout.splitlines()
+    assert len(lines) <= 125
+    assert not [line for line in lines if len(line) > 100 and not line.startswith(("$ ", "The whole report"))]
+    assert (made / "leakage.html").stat().st_size > 50_000
