@@ -25,8 +25,9 @@ from featserve.arrow import column_from_arrow, column_to_arrow
 from featserve.definitions import FeatureService, FeatureView
 from featserve.errors import CallerError, InvalidRequest, Violation, hint
 from featserve.frames import Frame
+from featserve.labels import Labels
 from featserve.offline import OfflineEngine, Progress
-from featserve.training import Labels, labels_of, look_up, served
+from featserve.training import labels_of, look_up, served
 from featserve.types import Column, Float64, Mask, Type
 
 Floats = npt.NDArray[np.float64]

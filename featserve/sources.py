@@ -303,9 +303,9 @@ def _with_times(records: Any, times: Iterable[str], path: Path, row: int) -> Any
     for name in times:
         texts = records.column(name)
         try:
-            parsed = _parse_times(texts)
+            parsed = parse_times(texts)
         except pa.ArrowInvalid:
-            at = first_refused(texts, _parse_times)
+            at = first_refused(texts, parse_times)
             raise SourceError(
                 f"{path}: column {name!r}, row {row + at}: expected timestamp, got {texts[at].as_py()!r} "
                 f"(not an ISO 8601 time of whole microseconds)"
@@ -314,7 +314,8 @@ def _with_times(records: Any, times: Iterable[str], path: Path, row: int) -> Any
     return records
 
 
-def _parse_times(texts: Any) -> Any:
+def parse_times(texts: Any) -> Any:
+    """Return ISO 8601 texts as UTC instants of microseconds; raises ArrowInvalid for one that is none."""
     zoned = pc.match_substring_regex(texts, ZONED)
     missing = pa.nulls(1, pa.string())[0]
     with_offset = pc.if_else(zoned, texts, missing).cast(pa.timestamp("us", "UTC"))

@@ -8,8 +8,7 @@ Reads no clock.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 
 from featserve.arrow import arrow_type, column_from_arrow, column_to_arrow
 from featserve.definitions import (
@@ -30,8 +27,9 @@ from featserve.definitions import (
     Outputs,
     Selection,
 )
-from featserve.errors import InvalidRequest, SourceError, Violation, hint, invalid
+from featserve.errors import invalid
 from featserve.frames import Frame
+from featserve.labels import Labels, read_labels
 from featserve.matrix import Status
 from featserve.offline import OfflineEngine, Progress
 from featserve.offline.join import JoinedView, join
@@ -54,16 +52,8 @@ Int64s = npt.NDArray[np.int64]
 METADATA = "featserve"
 """Where in a training frame's metadata it says what it was made of."""
 
+EVENT_TIME, STATUS = ".event_time", ".status"
 STATUS_NAMES = [status.name for status in Status]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Labels:
-    """Labels, checked: ``table`` as given, ``columns`` the key and request columns, ``time_us`` int64 of shape (n,)."""
-
-    table: Any
-    columns: dict[str, Column]
-    time_us: Int64s
 
 
 def training_frame(
@@ -79,29 +69,39 @@ def training_frame(
 ) -> Any:
     """Return the labels' columns, then the features of ``service`` as of each label's own ``time``, as a pyarrow Table.
 
-    ``labels``: a pyarrow Table, a pandas or polars DataFrame, or a Parquet or CSV file, with the service's key columns,
-    its request columns, and the timestamp column ``time`` (naive means UTC). ``root``: the folder that source paths are
-    relative to. ``event_times``: add ``<view>.event_time``, null where there is no row. ``statuses``: add
-    ``<feature>.status``. A row with a null key gets nulls, NOT_FOUND. The table's metadata says under METADATA, as
-    JSON, what it was made of: the service, its hash, and how many labels saw each view with each status. Raises
-    InvalidRequest for labels that do not fit, SourceError for a source that does not, TransformError.
+    ``labels``: a pyarrow Table, a pandas or polars DataFrame, a mapping of columns, or a Parquet or CSV file, with the
+    service's key columns, its request columns, and the timestamp column ``time`` (naive means UTC). ``root``: the
+    folder that source paths are relative to. ``event_times``: add ``<view>.event_time``, null where there is no row.
+    ``statuses``: add ``<feature>.status``. A row with a null key gets nulls, NOT_FOUND. The table's metadata says under
+    METADATA, as JSON, what it was made of: the service, its hash, and how many labels saw each view with each status.
+    Raises InvalidRequest for labels that do not fit, SourceError for a source that does not, TransformError.
     """
     checked = labels_of(service, labels, time)
-    names = [name for name, _, _ in service.fields]
-    if clash := sorted(set(names) & set(checked.table.column_names)):
-        raise invalid(f"labels.{clash[0]}", f"the labels have a column of the name of feature {clash[0]!r}; rename it")
+    _check_names(service, checked.table.column_names, event_times, statuses)
     slots, views = look_up(engine, service, checked, root=root, progress=progress)
     table = checked.table
     for name, f, _ in service.fields:
         table = table.append_column(name, column_to_arrow(served(f, slots[name], service.dtype)))
     if event_times:
         for joined in views.values():
-            table = table.append_column(f"{joined.view.name}.event_time", _event_times(joined))
+            table = table.append_column(f"{joined.view.name}{EVENT_TIME}", _event_times(joined))
     if statuses:
         for name, _, source in service.fields:
-            table = table.append_column(f"{name}.status", _statuses(slots[name], views.get(source.id)))
+            table = table.append_column(f"{name}{STATUS}", _statuses(slots[name], views.get(source.id)))
     origin = {"service": service.id, "hash": service.hash, "views": {id_: _counts(v) for id_, v in views.items()}}
     return table.replace_schema_metadata({**(table.schema.metadata or {}), METADATA: json.dumps(origin)})
+
+
+def _check_names(service: FeatureService, names: Collection[str], event_times: bool, statuses: bool) -> None:
+    """Refuse labels with a column of the name of one that is added to them, before the work is done."""
+    taken = set(names)
+    features = [name for name, _, _ in service.fields]
+    added = [*features, *(f"{view.name}{EVENT_TIME}" for view in service.views if event_times)]
+    for name in [*added, *(f"{feature}{STATUS}" for feature in features if statuses)]:
+        if name in taken:
+            kind = "the labels have" if name in names else "the service has"
+            raise invalid(f"labels.{name}", f"{kind} a column of the name {name!r}, which is to be added; rename it")
+        taken.add(name)
 
 
 def look_up(
@@ -187,7 +187,7 @@ def served(f: Field, col: Column, dtype: Type) -> Column:
     """Return a feature as it is served: floats of the service's precision, a default where the value is null."""
     valid = None if f.default is not None else col.valid
     if f.type.floating and not f.type.vector:
-        with np.errstate(over="ignore"):  # what float32 cannot hold is served as infinity
+        with np.errstate(over="ignore", invalid="ignore"):  # as in the engine: beyond float32 is infinity
             return Column(dtype, col.values.astype(dtype.dtype, copy=False), None, valid)
     return Column(col.type, col.values, col.offsets, valid)
 
@@ -211,53 +211,5 @@ def _statuses(col: Column, joined: JoinedView | None) -> Any:
 
 
 def labels_of(service: FeatureService, labels: Frame | str | Path, time: str) -> Labels:
-    """Return labels, read if they are a file, and checked to have what ``service`` asks for."""
-    wanted = dict(service.keys) | service.request_columns
-    return check_labels(read_labels(labels, wanted, time), wanted, time)
-
-
-def read_labels(labels: Frame | str | Path, wanted: Mapping[str, Type], time: str) -> Any:
-    """Return labels as a pyarrow Table; of a CSV file, the ``wanted`` columns are read with their types."""
-    if isinstance(labels, pa.Table):
-        return labels
-    if isinstance(labels, str | Path):
-        return _read_file(Path(labels), wanted, time)
-    if hasattr(labels, "to_arrow"):  # polars
-        return labels.to_arrow()
-    if hasattr(labels, "iloc"):  # pandas
-        return pa.Table.from_pandas(labels, preserve_index=False)
-    if isinstance(labels, Mapping):
-        return pa.table(dict(labels))
-    raise invalid("labels", f"expected a pyarrow Table, a DataFrame or a file, got {labels.__class__.__name__}")
-
-
-def _read_file(path: Path, wanted: Mapping[str, Type], time: str) -> Any:
-    if path.suffix not in (".parquet", ".csv"):
-        raise SourceError(f"labels {path}: a label file is .parquet or .csv")
-    try:
-        if path.suffix == ".parquet":
-            with pyarrow.parquet.ParquetFile(path) as file:  # read_table would load pandas
-                return file.read()
-        types = {name: arrow_type(type_) for name, type_ in wanted.items()} | {time: arrow_type(Timestamp)}
-        return pyarrow.csv.read_csv(path, convert_options=pyarrow.csv.ConvertOptions(column_types=types))
-    except FileNotFoundError:
-        raise SourceError(f"labels {path}: there is no such file") from None
-    except (pa.ArrowException, OSError) as error:
-        raise SourceError(f"labels {path}: cannot be read: {error}") from None
-
-
-def check_labels(table: Any, wanted: Mapping[str, Type], time: str) -> Labels:
-    """Return checked labels. Raises InvalidRequest that names a column: missing, of another type, or a null time."""
-    names = table.column_names
-    missing = [
-        Violation(f"labels.{name}", f"missing column {name!r}{hint(name, names)}")
-        for name in (*wanted, time)
-        if name not in names
-    ]
-    if missing:
-        raise InvalidRequest(f"labels: {'; '.join(v.description for v in missing)}", violations=missing)
-    columns = {name: column_from_arrow(type_, table.column(name), f"labels.{name}") for name, type_ in wanted.items()}
-    instants = column_from_arrow(Timestamp, table.column(time), f"labels.{time}")
-    if instants.valid is not None:
-        raise invalid(f"labels.{time}", f"row {int(np.argmin(instants.valid))} is null; every label has a time")
-    return Labels(table, columns, instants.values)
+    """Return labels that have what ``service`` asks for."""
+    return read_labels(labels, dict(service.keys) | service.request_columns, time)

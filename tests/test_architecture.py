@@ -25,7 +25,7 @@ LAYERS = (
     ("schema", "batch", "arrow"),
     ("definitions", "frames", "matrix"),
     ("codec", "catalog", "purity", "sources", "transform"),
-    ("changes", "checks", "offline", "plan", "store", "trial", "wire"),
+    ("changes", "checks", "labels", "offline", "plan", "store", "trial", "wire"),
     ("registry", "project", "engine"),
     ("training", "materialize"),
     ("leakage",),

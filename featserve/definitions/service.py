@@ -59,6 +59,8 @@ class FeatureService:
                 raise DefinitionError(
                     f"{what}: two definitions of {source.name!r}: {named[source.name].id} and {source.id}"
                 )
+        if not self.views:
+            raise DefinitionError(f"{what}: it reads no feature view, so no key says how many rows a request is for")
         columns: dict[str, tuple[Type, str]] = {}
         for view in self.views:
             for key, type_ in view.entity.keys.items():
