@@ -56,8 +56,8 @@ RETRIES = json.dumps(
 )
 """gRPC's own service config: every method is safe to repeat, as a row written twice is the same row.
 
-CANCELLED, from a server, is how grpcio refuses a call that it has not begun. Four retries span three seconds, in which a
-server restarts.
+CANCELLED, from a server, is how grpcio refuses a call that it has not begun. Four retries span three seconds, in which
+a server restarts.
 """
 
 OPTIONS = (
