@@ -28,7 +28,7 @@ class OfflineEngine(Protocol):
     def find(self, labels: Any, scans: Sequence[Scan], folder: Path, progress: Callable[[str], None]) -> Iterator[Any]:
         """Yield for each scan a pyarrow Table: the row that each label sees, in any order; none where there is none.
 
-        ``labels``: a pyarrow Table with int64 ``_row`` and ``_time`` and the key columns; null keys see nothing.
+        ``labels``: a pyarrow Table with int32 ``_row``, int64 ``_time`` and the key columns; null keys see nothing.
         ``folder``: for temporary files. ``progress`` is called as each of ``FIND_STEPS`` steps begins. The tables have
         the columns ``_row``, ``_event_time`` (int64) and the scan's features, where timestamps are int64 and vectors
         lists. Raises SourceError for a file that cannot be read, TooLarge where memory or disk does not suffice.

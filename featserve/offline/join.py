@@ -8,7 +8,7 @@ an answer is here, once. Knows no service, no default and no transform.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from featserve.arrow import arrow_type
 from featserve.definitions import FeatureView, Selection
+from featserve.errors import TooLarge
 from featserve.matrix import Status
 from featserve.offline import FIND_STEPS, OfflineEngine, Progress
 from featserve.offline.scan import open_scan
@@ -26,6 +27,7 @@ from featserve.types import NEVER_US, Timestamp, Type
 
 Int64s = npt.NDArray[np.int64]
 
+MAX_LABELS = 2**31 - 1
 CHUNK_ROWS = 131_072
 """Rows of a chunk of the answer: Arrow's strings hold 2 GiB a chunk."""
 
@@ -55,7 +57,7 @@ def join(
     root: Path,
     temp_folder: Path | None = None,
     progress: Progress | None = None,
-) -> Iterator[JoinedView]:
+) -> Generator[JoinedView, None, None]:
     """Yield what the labels see of each distinct view of ``selections``, in order of first use.
 
     ``keys``: a pyarrow Table of n rows with every key column of the views, of its ``arrow_type``; a label with a null
@@ -99,7 +101,9 @@ class _Steps:
 
 def _labels(keys: Any, time_us: Int64s) -> Any:
     """Return the labels as engines take them; times among the keys are int64, as in the rows."""
-    columns = {"_row": pa.array(np.arange(len(time_us))), "_time": pa.array(time_us)}
+    if len(time_us) > MAX_LABELS:
+        raise TooLarge(f"{len(time_us):,} labels; the most that are joined at once is {MAX_LABELS:,}")
+    columns = {"_row": pa.array(np.arange(len(time_us), dtype=np.int32)), "_time": pa.array(time_us)}
     for name in keys.column_names:
         column = keys.column(name)
         columns[name] = column.cast(pa.int64()) if column.type == arrow_type(Timestamp) else column
@@ -129,7 +133,7 @@ def _older(event_time_us: Int64s, time_us: Int64s, ttl_us: int | None) -> npt.ND
     if ttl_us is None:
         return np.zeros(len(time_us), np.bool_)
     age = time_us.view(np.uint64) - event_time_us.view(np.uint64)
-    return np.asarray(age > np.uint64(min(ttl_us, 2**64 - 1)))
+    return np.asarray(age > np.uint64(ttl_us))
 
 
 def _take(column: Any, indices: Any, type: Type) -> Any:

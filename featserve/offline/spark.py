@@ -121,7 +121,7 @@ def _find(session: SparkSession, scan: Scan, last_us: int, progress: Callable[[s
     held = []
     for table, query in tables.items():
         progress(f"{scan.view}: {table}")
-        frame = session.sql(_spark_sql(query))
+        frame = session.sql(_spark_sql(query)).persist(StorageLevel.MEMORY_AND_DISK)
         frame.createOrReplaceTempView(table)
         held.append(frame)
     progress(f"{scan.view}: features")

@@ -2,8 +2,8 @@
 
 Comes in: a ``Scan``. Goes out: queries, each of which but the last fills a table. They read two tables:
 
-    labels       _row, _time, keys                                  one row per label
-    source_rows  _event_time, _known_at, _sequence, keys, features  one row per row of the source; sequence is unique
+    labels       _row, _time, keys                                  one row per label, of int32 _row
+    source_rows  _event_time, _known_at, _sequence, keys, features  one row per row of the source, of unique _sequence
 
 Times are int64 microseconds, so nothing here depends on an engine's idea of a timestamp; nothing is added to one but
 a delay that the scan has room for, so nothing overflows. No key or feature has a name that starts with an underscore.
@@ -12,7 +12,8 @@ A row can be seen from the later of its event time and its known-at on: there it
 is the greatest (event time, known-at, sequence) among the rows available by T, and a ttl only tells whether that one
 row is too old. Joining on the event time alone would find rows that were not known yet.
 
-1. ``entities`` of the labels: rows of others are dropped before anything is sorted.
+1. ``entities``: an int32 for each key of a label, so that rows of other keys are dropped before anything is sorted, and
+   what is sorted is small, whatever the keys are.
 2. ``latest``: the greatest event time that each label sees: a running maximum over rows and labels together, in the
    order of availability. A frame of RANGE takes in whatever has the same time, so rows at exactly T count. This is the
    only sort of the source, and it carries no feature.
@@ -73,48 +74,48 @@ def find_rows(scan: Scan, last_us: int) -> tuple[dict[str, str], str]:
     ``last_us``: no label is later. The answer has ``_row``, ``_event_time`` and the features, one row for each label
     that sees any.
     """
-    keys = list(scan.keys)
-    entity = _list(keys)
-    given = " AND ".join(f"{_quoted(key)} IS NOT NULL" for key in keys)
+    keys = _list(scan.keys)
 
-    entities = f"SELECT DISTINCT {entity} FROM labels WHERE {given}"
+    def same_keys(one: str, other: str) -> str:
+        return " AND ".join(f"{one}.{_quoted(key)} = {other}.{_quoted(key)}" for key in scan.keys)
 
-    def known_to(table: str, *more: str) -> str:
-        same = " AND ".join(f"t.{_quoted(name)} = r.{_quoted(name)}" for name in (*keys, *more))
-        return f"EXISTS (SELECT 1 FROM {table} AS t WHERE {same})"
-
+    entities = f"SELECT MIN(_row) AS _entity, {keys} FROM labels GROUP BY {keys}"
     latest = f"""
-        SELECT _row, {entity}, _time, _event_time FROM (
-            SELECT _row, {entity}, _time, MAX(_event_time) OVER (PARTITION BY {entity} ORDER BY _time
+        SELECT _row, _entity, _time, _event_time FROM (
+            SELECT _row, _entity, _time, MAX(_event_time) OVER (PARTITION BY _entity ORDER BY _time
                 RANGE BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW) AS _event_time
             FROM (
-                SELECT CAST(NULL AS BIGINT) AS _row, {entity}, GREATEST(_event_time, _known_at) AS _time, _event_time
-                FROM source_rows AS r
-                WHERE GREATEST(_event_time, _known_at) <= CAST('{last_us}' AS BIGINT) AND {known_to("entities")}
+                SELECT CAST(NULL AS INTEGER) AS _row, _entity, GREATEST(_event_time, _known_at) AS _time, _event_time
+                FROM source_rows AS r JOIN entities AS e ON {same_keys("r", "e")}
+                WHERE GREATEST(_event_time, _known_at) <= CAST('{last_us}' AS BIGINT)
                 UNION ALL
-                SELECT _row, {entity}, _time, CAST(NULL AS BIGINT) AS _event_time FROM labels WHERE {given}
+                SELECT _row, _entity, _time, CAST(NULL AS BIGINT) AS _event_time
+                FROM labels AS l JOIN entities AS e ON {same_keys("l", "e")}
             ) AS u
         ) AS w WHERE _row IS NOT NULL AND _event_time IS NOT NULL"""
-    candidates = f"SELECT * FROM source_rows AS r WHERE {known_to('latest', '_event_time')}"
+    candidates = f"""
+        SELECT * FROM source_rows AS r WHERE EXISTS (
+            SELECT 1 FROM latest AS l JOIN entities AS e ON l._entity = e._entity
+            WHERE {same_keys("r", "e")} AND r._event_time = l._event_time)"""
     chosen = f"""
         SELECT _row, _sequence FROM (
-            SELECT _row, LAST_VALUE(_sequence IGNORE NULLS) OVER (PARTITION BY {entity}, _event_time
+            SELECT _row, LAST_VALUE(_sequence IGNORE NULLS) OVER (PARTITION BY _entity, _event_time
                 ORDER BY _time, _row NULLS FIRST, _known_at, _sequence
                 ROWS BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW) AS _sequence
             FROM (
-                SELECT CAST(NULL AS BIGINT) AS _row, {entity}, _event_time, GREATEST(_event_time, _known_at) AS _time,
-                    _known_at, _sequence
-                FROM candidates
+                SELECT CAST(NULL AS INTEGER) AS _row, _entity, _event_time,
+                    GREATEST(_event_time, _known_at) AS _time, _known_at, _sequence
+                FROM candidates AS c JOIN entities AS e ON {same_keys("c", "e")}
                 UNION ALL
-                SELECT _row, {entity}, _event_time, _time, CAST(NULL AS BIGINT) AS _known_at,
+                SELECT _row, _entity, _event_time, _time, CAST(NULL AS BIGINT) AS _known_at,
                     CAST(NULL AS BIGINT) AS _sequence
                 FROM latest
             ) AS u
         ) AS w WHERE _row IS NOT NULL"""
-    found = f"""
+    answer = f"""
         SELECT a._row, c._event_time, {_list(scan.features, "c.")}
         FROM chosen AS a JOIN candidates AS c ON a._sequence = c._sequence"""
-    return {"entities": entities, "latest": latest, "candidates": candidates, "chosen": chosen}, found
+    return {"entities": entities, "latest": latest, "candidates": candidates, "chosen": chosen}, answer
 
 
 def _quoted(name: str) -> str:
