@@ -35,8 +35,8 @@ Answer = TypeVar("Answer")
 BACKLOG = 65_536
 """Calls that gRPC holds until the event loop takes them on, to answer or to refuse with a reason. What is over this it
 ends itself, as CANCELLED."""
-MAX_SETTLING_S = 0.5
-"""How long a server that was told to stop takes on what keeps arriving."""
+QUIET_S, MAX_SETTLING_S = 0.1, 1.0
+"""A server that was told to stop takes on what arrives until nothing has for so long, or for so long at most."""
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -83,7 +83,7 @@ class GrpcioServer:
         began, before = loop.time(), -1
         while before != self._taken and loop.time() < began + min(seconds, MAX_SETTLING_S):
             before = self._taken
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(QUIET_S)
         await self._server.stop(seconds)
         self._writer.shutdown()
 
