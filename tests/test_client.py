@@ -208,6 +208,7 @@ def test_a_timeout_covers_all_that_a_call_does(server: Server) -> None:
         assert len(client.get("wide", {"user_id": [1]}, timeout=60)) == 1
 
 
+@pytest.mark.slow
 def test_no_server_is_unavailable() -> None:
     """Where nothing listens the error is Unavailable and names the address, after a few seconds of trying."""
     with Relay(1) as relay, featserve.connect(relay.address) as client, pytest.raises(Unavailable, match=relay.address):

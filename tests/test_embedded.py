@@ -32,9 +32,9 @@ pytest_plugins = ["tests.served"]
 
 NOW = datetime.now(UTC)
 PRESENT, NOT_FOUND = featserve.Status.PRESENT, featserve.Status.NOT_FOUND
-KEYS: dict[str, Any] = {"user_id": [1, 2], "country": ["de", "fr"], "zip": ["1", "2"]}
+KEYS: dict[str, Any] = {"user_id": [90_001, 90_002], "country": ["de", "fr"], "zip": ["1", "2"]}
 ROW: dict[str, Any] = {
-    "user_id": [1],
+    "user_id": [90_001],
     "clicks": [1],
     "rate": [0.5],
     "score": [1.0],

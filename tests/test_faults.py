@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -66,12 +64,11 @@ def users_of(group: int) -> range:
     return range(group * GROUP, (group + 1) * GROUP)
 
 
-def check_groups(server: Server, groups: dict[int, tuple[int, int]]) -> None:
+def check_groups(project: Project, groups: dict[int, tuple[int, int]]) -> None:
     """Check that each group has the value acknowledged last, or the one attempted after it, in all of its rows."""
-    with server.stub() as stub:
+    with featserve.open(project.folder, write=True) as embedded:
         for group, (acknowledged, attempted) in groups.items():
-            answer = stub.GetFeatures(wide(*users_of(group)))
-            values = np.frombuffer(answer.values, "<f4").reshape(GROUP, 50) - np.arange(50, dtype=np.float32)
+            values = embedded.get("wide", {"user_id": users_of(group)}).values - np.arange(50, dtype=np.float32)
             found = {None if np.isnan(value) else int(value) for value in values.ravel()}
             assert len(found) == 1, f"group {group} is there in part: {found}"
             value = found.pop()
@@ -82,16 +79,11 @@ def check_groups(server: Server, groups: dict[int, tuple[int, int]]) -> None:
 def test_a_killed_server_keeps_what_it_acknowledged(
     transport: str, tmp_path: Path, rng: np.random.Generator, kills: int
 ) -> None:
-    """A server killed in the middle of writes, again and again, starts each time with every acknowledged row."""
+    """A server killed in the middle of writes, again and again, loses no row that it acknowledged, and starts again."""
     project = Project.make(tmp_path, **TRANSPORTS[transport])
     parts: list[dict[int, tuple[int, int]]] = [{i * 3 + part: (0, 0) for i in range(10)} for part in range(3)]
-    acknowledged = 0
-    for kill in range(kills + 1):
+    for _ in range(kills):
         with Server(project) as server:
-            for groups in parts:
-                check_groups(server, groups)
-            if kill == kills:
-                break
             writers = [Writer(server, groups) for groups in parts]
             for writer in writers:
                 writer.start()
@@ -101,8 +93,8 @@ def test_a_killed_server_keeps_what_it_acknowledged(
             for writer in writers:
                 writer.join(PATIENCE_S)
             assert {writer.code for writer in writers} == {grpc.StatusCode.UNAVAILABLE}
-            acknowledged += sum(writer.acknowledged for writer in writers)
-    assert acknowledged > kills
+        for groups in parts:
+            check_groups(project, groups)
 
 
 BULK = """
@@ -144,7 +136,7 @@ def test_a_killed_load_is_there_whole_or_not_at_all(tmp_path: Path, rng: np.rand
         loads = {round(value * 256) for value in (np.nan_to_num(found) - users * (not np.isnan(found[0]))).tolist()}
         assert loads in ({before}, {attempt}), f"seen: {loads}"
         before = loads.pop()
-        assert sorted(path.name for path in project.store.parent.iterdir()) == ["registry.db", "store"]
+        assert list(project.store.parent.glob(".store*")) == []
 
 
 @pytest.fixture
@@ -185,9 +177,11 @@ def test_a_full_disk(transport: str, tmp_path: Path, small_disk: Path) -> None:
         assert server.stop() == 0
     assert acknowledged >= 1_000
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
-    with Server(project) as server, server.stub() as stub:
-        assert stub.GetFeatures(wide(*range(acknowledged + 1_000))).status == b"\x01" * acknowledged + b"\x03" * 1_000
-        assert stub.WriteRows(numbers([acknowledged], 1.0)).stored == 1
+    with featserve.open(project.folder, write=True) as embedded:
+        found = embedded.get("wide", {"user_id": range(acknowledged + 1_000)}).view_status[:, 0].tolist()
+        assert found == [featserve.Status.PRESENT] * acknowledged + [featserve.Status.NOT_FOUND] * 1_000
+        rows = {"country": ["a"], "zip": ["1"], "temp": [0.0], "wind": [0.0]}
+        assert embedded.write("weather", rows, event_time=[0]).stored == 1
 
 
 def test_a_damaged_row_fails_its_request_alone(transport: str, tmp_path: Path) -> None:
@@ -275,23 +269,3 @@ def test_one_server_at_a_time(server: Server) -> None:
             run(load_config(other.folder))
     with server.stub() as stub:
         assert stub.GetFeatures(wide(1)).rows == 1
-
-
-def test_a_server_without_definitions_waits_for_them(transport: str, tmp_path: Path) -> None:
-    """A server of an empty project starts, says so, and serves what is applied later."""
-    project = Project(tmp_path)
-    project.configure(server={"port": 0, "registry_poll_seconds": 0.02} | TRANSPORTS[transport])
-    with Server(project) as server:
-        (warning,) = [event["message"] for event in server.events() if event["level"] == "warning"]
-        assert "nothing is applied: run `featserve apply`" in warning
-        with server.client() as client:
-            assert client.list_services() == []
-            with pytest.raises(featserve.errors.UnknownName, match="there are none"):
-                client.get("wide", {"user_id": [1]})
-            project.apply(BULK)
-            until("the new definitions are served", client.list_services)
-            assert client.get("wide", {"user_id": [1]}).view_status.tolist() == [[featserve.Status.NOT_FOUND]]
-        server.signal(signal.SIGTERM)
-        assert server.process.wait(PATIENCE_S) == 0
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", server.port))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import grpc
@@ -91,9 +90,8 @@ def test_reads_are_answered_beside_a_busy_writer(small: Server) -> None:
 def test_a_deadline_that_is_over_is_not_begun(small: Server) -> None:
     """A request for which no time is left is refused, and the connection goes on."""
     with small.stub() as stub:
-        for timeout in (0, 1e-6):
-            error = refusal(partial(stub.GetFeatures, wide(1), timeout=timeout))
-            assert error.code is grpc.StatusCode.DEADLINE_EXCEEDED
+        error = refusal(lambda: stub.GetFeatures(wide(1), timeout=0))
+        assert error.code is grpc.StatusCode.DEADLINE_EXCEEDED
         assert stub.GetFeatures(wide(1), timeout=60).rows == 1
 
 

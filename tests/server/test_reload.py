@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 
 import pytest
 
 import featserve
 from featserve._proto import serving_pb2 as pb
-from featserve.errors import InvalidRequest
+from featserve.errors import InvalidRequest, UnknownName
 from tests.server.messages import wide
-from tests.serving import DEFINITIONS, Server, until
+from tests.serving import DEFINITIONS, TRANSPORTS, Project, Server, until
 
 pytest_plugins = ["tests.served"]
 
 KEYS = {"user_id": [1, 2], "country": ["de", "fr"], "zip": ["1", "2"]}
-NEXT_VERSION = """
-ranking_2 = FeatureService("ranking", [activity["score"], weather], version=2)
-"""
-MORE_KEYS = """
-ranking_3 = FeatureService("ranking", [activity["score"], health], version=3)
-"""
 
 
 def test_a_new_version_fails_no_request(following: Server) -> None:
@@ -60,26 +54,36 @@ def test_a_new_version_fails_no_request(following: Server) -> None:
     assert errors(following) == before
 
 
-def test_sighup_takes_what_was_applied_at_once(start: Callable[..., Server]) -> None:
-    """A server that looks at its registry once a day takes a new version on SIGHUP, and clients follow.
-
-    A client that knew the old version sends what the new one asks for.
-    """
-    server = start(registry_poll_seconds=86_400)
+def test_a_client_asks_as_the_new_version_says(following: Server) -> None:
+    """A client that knew a version sends what the next one asks for, and may stay with the old one by its number."""
     device = {"serial": [b"x", b"y"], "made": [datetime.now(UTC)] * 2, "model": [1, 2], "real": [True, False]}
-    with server.client() as client:
-        assert client.get("ranking", KEYS).schema.version == 1
-        server.project.apply(DEFINITIONS + NEXT_VERSION + MORE_KEYS)
-        assert client.get("ranking", KEYS).schema.version == 1
-        server.signal(signal.SIGHUP)
-        until("the server has taken it", lambda: client.describe("ranking").version == 3)
-        # The client knew the old schema, and what to send has changed since.
-        assert client.get("ranking", {"user_id": [1, 2]} | device).values.shape == (2, 2)
+    following.apply('first = FeatureService("changing", [activity["score"], weather])')
+    with following.client() as client:
+        assert client.get("changing", KEYS).values.shape == (2, 3)
+        following.apply('second = FeatureService("changing", [activity["score"], health], version=2)')
+        assert client.get("changing", {"user_id": [1, 2]} | device).values.shape == (2, 2)
         with pytest.raises(InvalidRequest, match="missing key column 'serial'"):
-            client.get("ranking", KEYS)
-        assert client.get("ranking@2", KEYS).values.shape == (2, 3)
+            client.get("changing", KEYS)
+        assert client.get("changing@1", KEYS).values.shape == (2, 3)
+
+
+def test_sighup_takes_what_was_applied_at_once(transport: str, tmp_path: Path) -> None:
+    """A server of an empty project starts and says so; on SIGHUP it takes what was applied since."""
+    project = Project(tmp_path)
+    project.configure(server={"port": 0, "registry_poll_seconds": 86_400} | TRANSPORTS[transport])
+    with Server(project) as server, server.client() as client:
+        (warning,) = [event["message"] for event in server.events() if event["level"] == "warning"]
+        assert "nothing is applied: run `featserve apply`" in warning
+        assert client.list_services() == []
+        with pytest.raises(UnknownName, match="there are none"):
+            client.get("wide", {"user_id": [1]})
+        project.apply(DEFINITIONS)
+        assert client.list_services() == []
+        server.signal(signal.SIGHUP)
+        until("the new definitions are served", client.list_services)
+        assert client.get("wide", {"user_id": [1]}).view_status.tolist() == [[featserve.Status.NOT_FOUND]]
         server.signal(signal.SIGHUP)  # with nothing new
-        assert client.get("ranking@1", KEYS).values.shape == (2, 10)
+        assert server.stop() == 0
 
 
 def test_a_lost_registry_stops_nothing(following: Server) -> None:
