@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,12 +23,19 @@ from featserve.load_test import (
 )
 from featserve.types import Int64, column
 from tests.command_line import run as run_verb
-from tests.serving import Server
+from tests.serving import TRANSPORTS, Project, Server
 
 pytest_plugins = ["tests.served"]
 
 READS = Reads("wide", ("user_id",), (Range("user_id", Int64, 1, 1_000),))
 BRIEF = ("--rounds", "2", "--round", "0.3", "--warm-up", "0")
+
+
+@pytest.fixture(scope="module")
+def server(transport: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Run a server of these tests alone: they write to it."""
+    with Server(Project.make(tmp_path_factory.mktemp("loaded"), **TRANSPORTS[transport])) as server:
+        yield server
 
 
 def stored(server: Server) -> None:
