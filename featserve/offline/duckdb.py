@@ -38,7 +38,10 @@ class DuckDBEngine:
                 try:
                     found = _find(connection, scan, last_us, progress)
                 except duckdb.OutOfMemoryException as error:
-                    raise TooLarge(f"{scan.source}: the join needs more memory, or disk to spill to: {error}") from None
+                    reason = str(error).partition("\n")[0]
+                    raise TooLarge(
+                        f"{scan.source}: the join needs more memory, or disk to spill to: {reason}"
+                    ) from None
                 except duckdb.Error as error:
                     raise SourceError(f"{scan.source}: cannot be read: {error}") from None
                 except RuntimeError as error:
