@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.metrics import roc_auc_score
+from threadpoolctl import threadpool_limits
 
 Matrix = npt.NDArray[np.float32]
 
@@ -52,7 +53,8 @@ def fit(frame: Any, names: Sequence[str]) -> tuple[HistGradientBoostingClassifie
     before = departed < np.datetime64(SPLIT.replace(tzinfo=None), "us")
     features, late = matrix_of(frame, names), delay > LATE_MIN
     model = HistGradientBoostingClassifier(max_iter=100, early_stopping=False, random_state=0)
-    model.fit(features[left & before], late[left & before])
+    with threadpool_limits(1):  # OpenMP's threads spin while they wait, which a busy machine pays for many times over
+        model.fit(features[left & before], late[left & before])
     unseen = left & ~before
     risk, truth = risks(model, features[unseen]), late[unseen]
     riskiest = np.argsort(-risk)[: len(risk) // 10]

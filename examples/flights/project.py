@@ -49,11 +49,11 @@ def command(*words: str, first: int | None = None, last: int | None = None) -> N
         [sys.executable, "-m", "featserve", *words],
         cwd=FOLDER,
         env=ENVIRONMENT | {"COLUMNS": str(WIDTH)},
-        capture_output=True,
+        stdout=subprocess.PIPE,  # progress and errors go to the terminal
         text=True,
     )
     if done.returncode:
-        raise SystemExit(done.stdout + done.stderr)
+        raise SystemExit(done.returncode)
     lines = done.stdout.splitlines()
     kept = lines[:first] if last is None else lines[-last:]
     print(*kept, sep="\n")
