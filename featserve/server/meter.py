@@ -22,10 +22,10 @@ US, MS, SECOND = 1_000, 1_000_000, 1_000_000_000
 
 LATENCY_NS = (
     *(n * US for n in (25, 50, 75, 100, 150, 200, 300, 400, 500, 750)),
-    *(n * MS for n in (1, 1.5, 2, 3, 5, 7.5, 10, 15, 20, 30, 50, 75, 100, 200, 300, 500, 1_000, 5_000)),
+    *(int(n * MS) for n in (1, 1.5, 2, 3, 5, 7.5, 10, 15, 20, 30, 50, 75, 100, 200, 300, 500, 1_000, 5_000)),
 )
 """Upper bounds that tell a read of 100 µs from one of 150, and a stall of 300 ms from one of a second."""
-DELAY_NS = tuple(n * MS for n in (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000))
+DELAY_NS = tuple(int(n * MS) for n in (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000))
 AGE_US = tuple(
     int(seconds * 1_000_000)
     for seconds in (0.01, 0.1, 1, 10, 60, 300, 1_800, 3_600, 21_600, 86_400, 259_200, 604_800, 2_592_000, 31_536_000)
@@ -98,28 +98,27 @@ class Meter:
 
     def add(self, method: str, code: str, duration_ns: int, record: Record) -> None:
         """Count a request that has ended, with the name of its status code."""
-        with self._lock:
-            self._add(method, code, duration_ns, record)
-
-    def _add(self, method: str, code: str, duration_ns: int, record: Record) -> None:
-        plan, matrix, written = record.plan, record.matrix, record.written
+        plan, written = record.plan, record.written
         service = "" if plan is None else plan.schema.hash
-        durations = self.durations.get((method, service, code))
-        if durations is None:
-            durations = self.durations[method, service, code] = Buckets(LATENCY_NS)
-        durations.add(duration_ns)
-        if plan is not None:
-            tally = self.tallies.get(service)
-            if tally is None:
-                tally = self.tallies[service] = Tally(plan)
-            if matrix is not None:
-                tally.add(matrix)
-                if record.ages:
-                    self._add_ages(matrix, record.now_us)
-        elif written is not None:
-            rows = self.written.setdefault(record.view, [0, 0])
-            rows[0] += written.rows
-            rows[1] += written.stored
+        key = method, service, code
+        with self._lock:
+            durations = self.durations.get(key)
+            if durations is None:
+                durations = self.durations[key] = Buckets(LATENCY_NS)
+            durations.add(duration_ns)
+            if plan is not None:
+                tally = self.tallies.get(service)
+                if tally is None:
+                    tally = self.tallies[service] = Tally(plan)
+                matrix = record.matrix
+                if matrix is not None:
+                    tally.add(matrix)
+                    if record.ages:
+                        self._add_ages(matrix, record.now_us)
+            elif written is not None:
+                rows = self.written.setdefault(record.view, [0, 0])
+                rows[0] += written.rows
+                rows[1] += written.stored
 
     def _add_ages(self, matrix: FeatureMatrix, now_us: int) -> None:
         assert matrix.event_times is not None

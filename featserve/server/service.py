@@ -31,12 +31,11 @@ from featserve.wire import (
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["FeatureServingService"].full_name
 
 
-@dataclass(slots=True)
 class Record:
     """What one request came to, for who watches it: the service fills it in.
 
     ``stages``: where its time went; None where nobody asks. ``ages``: also look at how old the served values are.
-    ``error``: one that was sent as an answer.
+    ``error``: one that was sent as an answer. What is never set costs nothing: it stays the class's own.
     """
 
     stages: Stages | None = None

@@ -11,6 +11,8 @@ import numpy as np
 from featserve.matrix import FeatureMatrix, Status
 from featserve.plan import Place, ReadPlan
 
+PRESENT = bytes([Status.PRESENT])
+
 
 class Tally:
     """Counts of one service version's answers.
@@ -29,8 +31,9 @@ class Tally:
     def add(self, matrix: FeatureMatrix) -> None:
         """Count the rows of an answer."""
         status, valid = matrix.view_status, matrix.valid
-        self.rows += len(status)
-        if valid is None and status.tobytes().count(Status.PRESENT) == status.size:
+        rows = len(status)
+        self.rows += rows
+        if valid is None and status.tobytes().count(PRESENT) == rows * len(self._targets):
             return
         for i, targets in enumerate(self._targets):
             column = status[:, i].tobytes()
@@ -38,7 +41,7 @@ class Tally:
             self.not_found[i] += not_found
             self.expired[i] += expired
             if valid is not None:  # a row that a view does not have has no valid value in it
-                held = (len(status) - not_found - expired) * _size(targets)
+                held = (rows - not_found - expired) * _size(targets)
                 self.nulls[i] += held - int(np.count_nonzero(valid[:, targets]))
 
 

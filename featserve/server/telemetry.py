@@ -22,7 +22,6 @@ from featserve.server.meter import Load, Meter
 from featserve.server.service import SERVICE_NAME, Call, Record
 from featserve.server.status import code_of
 from featserve.server.tally import Tally
-from featserve.stages import Stages
 from featserve.store import OnlineStore
 
 if TYPE_CHECKING:
@@ -77,7 +76,14 @@ class Telemetry:
         trace = None if self.tracing is None else self.tracing.begin(call.metadata)
         if trace is None and self.meter is None:
             return UNWATCHED
-        return _Watch(self, trace, method, call, waited_s)
+        begun_ns = perf_counter_ns() - int(waited_s * 1e9)
+        call.record = watch = _Watch(self, trace, method, begun_ns)
+        if trace is not None:
+            watch.stages = trace.stages
+            trace.stages.begun.append(("queue" if waited_s else "receive", begun_ns))
+        if self.meter is not None and self.meter.wants_ages(method, begun_ns):
+            watch.ages = True
+        return watch
 
     async def watch_loop(self) -> None:
         """Count how late the event loop is, until cancelled."""
@@ -94,20 +100,11 @@ class Telemetry:
             self.page.close()
 
 
-class _Watch:
-    """One watched request; ``trace`` is None where it is only counted."""
+class _Watch(Record):
+    """The record of a watched request, while it runs; ``trace`` is None where it is only counted."""
 
-    __slots__ = ("_begun_ns", "_method", "_record", "_telemetry", "_trace")
-
-    def __init__(self, telemetry: Telemetry, trace: Trace | None, method: str, call: Call, waited_s: float) -> None:
-        self._telemetry, self._trace, self._method = telemetry, trace, method
-        self._begun_ns = begun_ns = perf_counter_ns() - int(waited_s * 1e9)
-        stages: Stages | None = None
-        if trace is not None:
-            stages = trace.stages
-            stages.begun.append(("queue" if waited_s else "receive", begun_ns))
-        meter = telemetry.meter
-        call.record = self._record = Record(stages, meter is not None and meter.wants_ages(method, begun_ns))
+    def __init__(self, telemetry: Telemetry, trace: Trace | None, method: str, begun_ns: int) -> None:
+        self._telemetry, self._trace, self._method, self._begun_ns = telemetry, trace, method, begun_ns
 
     def __enter__(self) -> None:
         pass
@@ -115,21 +112,25 @@ class _Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        record, telemetry = self._record, self._telemetry
-        code = OK
-        if isinstance(error, FeatserveError):
-            record.error = error
-        elif isinstance(error, CancelledError):
-            code = CANCELLED
-        elif error is not None:
-            record.error = ServingError(f"internal error: {error.__class__.__name__}")
-        if record.error is not None:
-            code = code_of(record.error)
+        telemetry, code = self._telemetry, OK
+        if error is not None or self.error is not None:
+            code = self._failed(error)
         if telemetry.meter is not None:
-            telemetry.meter.add(self._method, CODES[code], perf_counter_ns() - self._begun_ns, record)
+            telemetry.meter.add(self._method, CODES[code], perf_counter_ns() - self._begun_ns, self)
         if self._trace is not None and telemetry.tracing is not None:
             self._trace.stages.end()
-            _end(telemetry.tracing, self._trace, self._method, code, record)
+            _end(telemetry.tracing, self._trace, self._method, code, self)
+
+    def _failed(self, error: BaseException | None) -> int:
+        """Note what a request failed with; return its status code."""
+        if isinstance(error, CancelledError):
+            return CANCELLED
+        if isinstance(error, FeatserveError):
+            self.error = error
+        elif error is not None:
+            self.error = ServingError(f"internal error: {error.__class__.__name__}")
+        assert self.error is not None
+        return code_of(self.error)
 
 
 def _end(tracing: Tracing, trace: Trace, method: str, code: int, record: Record) -> None:

@@ -347,7 +347,9 @@ def test_ages_are_those_of_the_rows_that_were_served(plans: dict[str, ReadPlan],
     for _ in range(20):
         matrix = random_matrix(plan, rng, plain=False)
         assert matrix.event_times is not None
-        record = Record(ages=meter.wants_ages("GetFeatures", 1), plan=plan, matrix=matrix, now_us=now)
+        record = Record()
+        record.ages, record.plan, record.matrix = meter.wants_ages("GetFeatures", 1), plan, matrix
+        record.now_us = now
         meter.add("GetFeatures", "OK", 1, record)
         for i, view in enumerate(plan.schema.views):
             for row in range(len(matrix)):
