@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import bulk_load, in_process, memory, project, report, server
+from bench import bulk_load, in_process, memory, project, report, server, telemetry
 from bench.report import ROOT, Figure
 
 
@@ -55,6 +55,7 @@ def run(module: str, *arguments: str) -> str:
 BENCHES: dict[str, tuple[str, Callable[[Path], list[Figure]]]] = {
     "bulk_load": ("Bulk load: 1 million rows of 50 float64, Parquet to served", bulk_load.measure),
     "server": ("Server: 50 float64 features, 1 million entities, 8 connections", server.measure),
+    "telemetry": ("Traces and metrics: requests per second beside none of them", telemetry.measure),
     "in_process": ("In process: the same view, no server", in_process.measure),
     "memory": ("Memory of a server", memory.measure),
     "pieces": ("Pieces: median of each", pieces),

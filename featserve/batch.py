@@ -34,7 +34,7 @@ class EntityKeys:
         ``expected``: every key column and its type. Raises InvalidRequest that names the column: missing, extra, of
         another type, ragged, empty, or holding a null.
         """
-        if len(keys) != len(expected) or any(name not in expected for name in keys):
+        if keys.keys() != expected.keys():
             raise column_names("keys", keys, expected)
         columns: dict[str, Column] = {}
         count = -1

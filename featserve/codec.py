@@ -131,8 +131,9 @@ class RowCodec:
         ones = np.ones((1, len(self.features)), np.bool_)
         self.lowest = np.concatenate([_words(self.head), np.zeros(3, np.uint64), _pack(ones)[0]])
         """The least header of an ordinary row: uint64 of shape (words,)."""
-        self.highest = self.lowest.copy()
-        self.highest[1:4] = 2**64 - 1
+        self.span = np.zeros_like(self.lowest)
+        """How far above it each word may be, times left aside: uint64 of shape (words,)."""
+        self.span[1:4] = 2**64 - 1
         self.defaults = {f.name: column(f.type, [f.value(f.default)]) for f in self.features if f.default is not None}
         nothing = np.zeros(1, np.int64)
         self.absent = self.encode(

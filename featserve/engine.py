@@ -176,11 +176,13 @@ def _place(answer: _Answer, plan: ReadPlan, rows: int) -> None:
 
 def _ordinary(decoded: Rows, view: ViewRead, now_us: int) -> bool:
     """Say whether every row has the right head, is visible now and holds no null, by one comparison of its words."""
-    lowest, highest = view.codec.lowest.copy(), view.codec.highest.copy()
-    highest[1] = highest[2] = now_us + 2**63
+    lowest, span = view.codec.lowest, view.codec.span.copy()
+    span[1] = span[2] = now_us + 2**63
     if view.ttl_us is not None:
+        lowest = lowest.copy()
         lowest[1] = max(now_us - view.ttl_us + 2**63, 0)
-    return not np.count_nonzero(decoded.fixed["words"].astype(np.uint64) - lowest > highest - lowest)
+        span[1] -= lowest[1]
+    return not np.count_nonzero(decoded.fixed["words"] - lowest > span)
 
 
 def _hide(answer: _Answer, i: int, view: ViewRead, found: list[bytes | None], decoded: Rows, now_us: int) -> Mask:

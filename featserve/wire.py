@@ -30,9 +30,10 @@ def decode_keys(columns: Iterable[pb.Column], expected: Mapping[str, Type], max_
     """Return the checked key columns of a request; raises InvalidRequest or TooLarge that names the column."""
     given: dict[str, Column] = {}
     for message in columns:
-        if message.name not in expected or message.name in given:
+        name = message.name
+        if name not in expected or name in given:
             raise column_names("keys", [c.name for c in columns], expected)
-        given[message.name] = decode_column(message, expected[message.name], f"keys.{message.name}", max_rows)
+        given[name] = decode_column(message, expected[name], f"keys.{name}", max_rows)
     return EntityKeys.of(given, expected)
 
 

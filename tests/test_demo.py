@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.serving import ROOT
+from tests.serving import PATIENCE_S, ROOT
 
 MUST_SAY = (
     r"^flights\.parquet +336,776 rows$",
@@ -46,3 +46,33 @@ def test_demo(tmp_path: Path) -> None:
     assert len(lines) <= 125
     assert not [line for line in lines if len(line) > 100 and not line.startswith(("$ ", "The whole report"))]
     assert (made / "leakage.html").stat().st_size > 50_000
+
+
+@pytest.mark.slow
+def test_serve(tmp_path: Path) -> None:
+    """The server that stays says how to ask it, in a terminal and in Python; both work, and SIGTERM ends it with 0."""
+    shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns(".featserve", "data"))
+    with (tmp_path / "server.log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "examples.flights.serve", "--port", "0"],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
+    try:
+        assert server.stdout is not None
+        said = "".join(iter(server.stdout.readline, "    print(matrix.to_dict())\n")) + "    print(matrix.to_dict())\n"
+        asked = re.search(r"^(\S+/featserve get departure_delay_model .*--as-of \S+)$", said, re.MULTILINE | re.DOTALL)
+        assert asked, said
+        told = subprocess.run(asked[1], shell=True, capture_output=True, text=True, check=True).stdout
+        assert "departure_delay_model@1: 2 rows at 2013-11-27 22:00:00 UTC" in told
+        assert told.count("PRESENT") > 20
+        snippet = said[said.index("from datetime import") :]
+        told = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, check=True).stdout
+        assert told.startswith("{'hourly_weather.temperature_f': [39.9")
+        server.terminate()
+        assert server.wait(PATIENCE_S) == 0, (tmp_path / "server.log").read_text()
+    finally:
+        server.kill()
+        server.communicate()
