@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import bulk_load, in_process, memory, project, report, server, telemetry
+from bench import bulk_load, in_process, memory, project, report, server, telemetry, transform
 from bench.report import ROOT, Figure
 
 
@@ -59,6 +59,7 @@ BENCHES: dict[str, tuple[str, Callable[[Path], list[Figure]]]] = {
     "in_process": ("In process: the same view, no server", in_process.measure),
     "memory": ("Memory of a server", memory.measure),
     "pieces": ("Pieces: median of each", pieces),
+    "transform": ("A transform, in process: what it adds to a request", transform.measure),
     "offline_join": ("Training join: 10 million rows, 1 million labels", temporal_join),
 }
 
