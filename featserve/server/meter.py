@@ -14,6 +14,7 @@ from threading import Lock
 import numpy as np
 
 from featserve.matrix import FeatureMatrix, Status
+from featserve.plan import ReadPlan
 from featserve.server.service import Record
 from featserve.server.tally import Tally
 from featserve.types import Array
@@ -70,7 +71,7 @@ class Meter:
     ``loads``: one for each transport. ``durations``: nanoseconds, by method, hash of the service or "", and status
     code. ``tallies``: rows and values, by the hash of their service. ``ages``: microseconds, by view. ``written``: rows
     written, and those of them stored, by view. ``loop_delay``: nanoseconds that the event loop came late to a task.
-    Several threads may count.
+    ``ages_due_ns``: a request that begins no sooner is asked for event times, too. Several threads may count.
     """
 
     def __init__(self, *, ages_every_ns: int = AGES_EVERY_NS) -> None:
@@ -80,45 +81,41 @@ class Meter:
         self.ages: dict[str, Buckets] = {}
         self.written: dict[str, list[int]] = {}
         self.loop_delay = Buckets(DELAY_NS)
+        self.ages_due_ns = 0
         self._lock = Lock()
         self._ages_every_ns = ages_every_ns
-        self._ages_due_ns: dict[str, int] = {}
+        self._counted: dict[tuple[str, str, str], tuple[Buckets, Tally | None]] = {}
 
     def load(self) -> Load:
         """Return a count of a transport's calls, to be summed up with those of others."""
         self.loads.append(Load())
         return self.loads[-1]
 
-    def wants_ages(self, method: str, now_ns: int) -> bool:
-        """Say whether the request that begins ``now_ns`` (on a stopwatch) is one whose ages are to be counted."""
-        if now_ns < self._ages_due_ns.get(method, 0):
-            return False
-        self._ages_due_ns[method] = now_ns + self._ages_every_ns
-        return True
-
-    def add(self, method: str, code: str, duration_ns: int, record: Record) -> None:
-        """Count a request that has ended, with the name of its status code."""
-        plan, written = record.plan, record.written
-        service = "" if plan is None else plan.schema.hash
-        key = method, service, code
+    def add(self, method: str, code: str, begun_ns: int, ended_ns: int, record: Record) -> None:
+        """Count a request that began and ended at these readings of a stopwatch, with the name of its status code."""
+        plan = record.plan
+        key = method, "" if plan is None else plan.schema.hash, code
         with self._lock:
-            durations = self.durations.get(key)
-            if durations is None:
-                durations = self.durations[key] = Buckets(LATENCY_NS)
-            durations.add(duration_ns)
-            if plan is not None:
-                tally = self.tallies.get(service)
-                if tally is None:
-                    tally = self.tallies[service] = Tally(plan)
-                matrix = record.matrix
-                if matrix is not None:
-                    tally.add(matrix)
-                    if record.ages:
-                        self._add_ages(matrix, record.now_us)
-            elif written is not None:
+            found = self._counted.get(key)
+            if found is None:
+                found = self._counted[key] = self._start(key, plan)
+            durations, tally = found
+            durations.add(ended_ns - begun_ns)
+            matrix = record.matrix
+            if matrix is not None and tally is not None:
+                tally.add(matrix)
+                if record.ages:
+                    self.ages_due_ns = begun_ns + self._ages_every_ns
+                    self._add_ages(matrix, record.now_us)
+            elif record.written is not None:
                 rows = self.written.setdefault(record.view, [0, 0])
-                rows[0] += written.rows
-                rows[1] += written.stored
+                rows[0] += record.written.rows
+                rows[1] += record.written.stored
+
+    def _start(self, key: tuple[str, str, str], plan: ReadPlan | None) -> tuple[Buckets, Tally | None]:
+        """Start to count requests of a method, service and code."""
+        durations = self.durations[key] = Buckets(LATENCY_NS)
+        return durations, None if plan is None else self.tallies.setdefault(plan.schema.hash, Tally(plan))
 
     def _add_ages(self, matrix: FeatureMatrix, now_us: int) -> None:
         assert matrix.event_times is not None

@@ -81,8 +81,8 @@ class Telemetry:
         if trace is not None:
             watch.stages = trace.stages
             trace.stages.begun.append(("queue" if waited_s else "receive", begun_ns))
-        if self.meter is not None and self.meter.wants_ages(method, begun_ns):
-            watch.ages = True
+        if self.meter is not None:
+            watch.ages = begun_ns >= self.meter.ages_due_ns
         return watch
 
     async def watch_loop(self) -> None:
@@ -116,7 +116,7 @@ class _Watch(Record):
         if error is not None or self.error is not None:
             code = self._failed(error)
         if telemetry.meter is not None:
-            telemetry.meter.add(self._method, CODES[code], perf_counter_ns() - self._begun_ns, self)
+            telemetry.meter.add(self._method, CODES[code], self._begun_ns, perf_counter_ns(), self)
         if self._trace is not None and telemetry.tracing is not None:
             self._trace.stages.end()
             _end(telemetry.tracing, self._trace, self._method, code, self)

@@ -24,8 +24,9 @@ from featserve.matrix import FeatureMatrix, Status
 from featserve.plan import ReadPlan, compile_service
 from featserve.project import load_definitions
 from featserve.server.meter import AGE_US, LATENCY_NS, Buckets, Meter
-from featserve.server.service import Record
+from featserve.server.service import Call, Record
 from featserve.server.tally import Tally
+from featserve.server.telemetry import Telemetry
 from featserve.store import open_store
 from featserve.types import Column
 from tests.server.messages import HOUR_US, activity, now_us, nulls, numbers, packed, weather, wide
@@ -348,9 +349,8 @@ def test_ages_are_those_of_the_rows_that_were_served(plans: dict[str, ReadPlan],
         matrix = random_matrix(plan, rng, plain=False)
         assert matrix.event_times is not None
         record = Record()
-        record.ages, record.plan, record.matrix = meter.wants_ages("GetFeatures", 1), plan, matrix
-        record.now_us = now
-        meter.add("GetFeatures", "OK", 1, record)
+        record.ages, record.plan, record.matrix, record.now_us = True, plan, matrix, now
+        meter.add("GetFeatures", "OK", 1, 2, record)
         for i, view in enumerate(plan.schema.views):
             for row in range(len(matrix)):
                 if matrix.view_status[row, i] == Status.PRESENT:
@@ -358,9 +358,20 @@ def test_ages_are_those_of_the_rows_that_were_served(plans: dict[str, ReadPlan],
     assert {v: (b.counts, b.sum) for v, b in meter.ages.items()} == {v: (b.counts, b.sum) for v, b in naive.items()}
 
 
-def test_ages_are_looked_at_so_often_and_no_more() -> None:
-    """Of requests a millisecond apart, one in ten is looked at; each method has its own turn."""
-    meter = Meter(ages_every_ns=10_000_000)
-    wanted = [meter.wants_ages("GetFeatures", 1 + at * 1_000_000) for at in range(100)]
-    assert (sum(wanted), wanted[0]) == (10, True)
-    assert meter.wants_ages("StreamFeatures", 1)
+def test_ages_are_looked_at_so_often_and_no_more(plans: dict[str, ReadPlan], rng: np.random.Generator) -> None:
+    """Of requests a millisecond apart, one in ten is looked at; what has no ages in it takes no turn."""
+    telemetry = Telemetry(None, meter := Meter(ages_every_ns=10_000_000))
+    plan, wanted = plans["wide"], 0
+    for at_ns in range(1_000_000, 101_000_000, 1_000_000):
+        for matrix in (None, random_matrix(plan, rng, plain=True)):
+            record = Record()
+            record.ages, record.plan, record.matrix = at_ns >= meter.ages_due_ns, plan, matrix
+            wanted += record.ages and matrix is not None
+            meter.add("GetFeatures", "OK", at_ns, at_ns + 1, record)
+    assert wanted == 10
+    call = Call()
+    for due_ns, ages in ((0, True), (2**63, False)):
+        meter.ages_due_ns = due_ns
+        with telemetry.watch("GetFeatures", call):
+            assert call.record is not None
+            assert call.record.ages is ages
