@@ -31,6 +31,7 @@ from featserve.definitions import (
     RequestTime,
 )
 from featserve.engine import Engine
+from featserve.errors import TransformError
 from featserve.materialize import load
 from featserve.matrix import FeatureMatrix
 from featserve.offline import OfflineEngine, open_engine
@@ -43,6 +44,7 @@ from tests.declarations import declare
 from tests.parity_world import BASE_US, World, arrival_of, compare, make_world
 from tests.random_data import Random, snapshot_of
 from tests.serving import TRANSPORTS, Project, Server
+from tests.training_world import ACTIVITY, FEATURES, LABELS, frame_of, write_sources
 from tests.transforms import made
 
 
@@ -128,6 +130,17 @@ def test_spark_agrees(trial: int, seed: int, spark_engine: OfflineEngine, tmp_pa
     rng = np.random.default_rng([seed, trial])
     world = make_world(rng, tmp_path, views=4, rows=200, labels=1_500)
     assert compare(world, spark_engine, Replay(rng, world)) > 50_000
+
+
+@pytest.mark.slow
+def test_spark_names_a_transform_that_fails(spark_engine: OfflineEngine, tmp_path: Path) -> None:
+    """What a function raises in a worker of Spark is the error that it is anywhere else."""
+    write_sources(tmp_path)
+    bad = made("def bad(n):\n    raise KeyError('rate')", {"n": ACTIVITY["clicks"]}, [Field("out", Float64)])
+    with pytest.raises(TransformError, match=r"^transform bad@1 failed: KeyError: 'rate'$"):
+        frame_of(spark_engine, tmp_path, LABELS, FeatureService("s", [ACTIVITY, bad]))
+    none = frame_of(spark_engine, tmp_path, pa.table(LABELS).slice(0, 0))
+    assert (none.num_rows, none.column_names) == (0, [*LABELS, *FEATURES])
 
 
 class Remote:

@@ -7,7 +7,9 @@ executor of a given session finds them.
 from __future__ import annotations
 
 import os
+import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from pathlib import Path
@@ -22,7 +24,7 @@ from pyspark.sql import DataFrame, SparkSession, functions
 from pyspark.sql.pandas.types import from_arrow_schema
 from pyspark.storagelevel import StorageLevel
 
-from featserve.errors import DefinitionError, SourceError
+from featserve.errors import DefinitionError, SourceError, TransformError
 from featserve.offline.scan import Scan
 from featserve.offline.sql import find_rows, source_rows
 
@@ -87,12 +89,27 @@ class SparkEngine:
         given = table.append_column(ROW, pa.array(np.arange(len(table))))
         given = given.rename_columns([f"column{i}" for i in range(len(given.column_names))])
         types = pa.schema([*zip(numbers, schema.types, strict=True), (ROW, pa.int64())])
-        answer = session.createDataFrame(given).mapInArrow(each, from_arrow_schema(types)).toArrow().sort_by(ROW)
+        try:
+            with warnings.catch_warnings():
+                # Of a pandas that it does not know yet, and that nothing here uses.
+                warnings.filterwarnings("ignore", "PySpark does not yet fully support pandas", FutureWarning)
+                mapped = session.createDataFrame(given).mapInArrow(each, from_arrow_schema(types))
+            answer = mapped.toArrow().sort_by(ROW)
+        except PySparkException as error:
+            raise _raised(error) from None
         return answer.select(numbers).rename_columns(schema.names).cast(schema)
 
     def close(self) -> None:
         if self._owned:
             self._session.stop()
+
+
+def _raised(error: PySparkException) -> TransformError:
+    """Return the error for what went wrong in a Python worker: what the worker raised, where it says that."""
+    told = re.search(r"^featserve\.errors\.TransformError: (.*)", str(error), re.MULTILINE | re.DOTALL)
+    if told:
+        return TransformError(told[1].strip())
+    return TransformError(f"Spark cannot run the transforms: {str(error).strip().splitlines()[-1]}")
 
 
 def _local_session(memory_limit: str | None) -> SparkSession:
