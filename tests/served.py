@@ -25,7 +25,9 @@ def transport(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def server(transport: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Run one server for all the tests that leave it as it was."""
-    with Server(Project.make(tmp_path_factory.mktemp("served"), **TRANSPORTS[transport])) as server:
+    project = Project.make(tmp_path_factory.mktemp("served"), **TRANSPORTS[transport])
+    project.damage()
+    with Server(project) as server:
         yield server
 
 

@@ -17,13 +17,19 @@ from types import TracebackType
 from typing import Any, Self
 
 import grpc
+import numpy as np
 import psutil
 
 import featserve
 from featserve._proto.serving_pb2_grpc import FeatureServingServiceStub
+from featserve.batch import EventBatch
 from featserve.config import load_config
+from featserve.engine import encode_rows
+from featserve.plan import Plans
 from featserve.project import load_definitions
 from featserve.registry import Registry
+from featserve.store import open_store
+from featserve.types import Float64, Int64, column
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_S = 60.0
@@ -31,6 +37,9 @@ PATIENCE_S = 60.0
 
 TRANSPORTS: dict[str, dict[str, Any]] = {"grpcio": {}}
 """The transports that the server has, each with the [server] settings that choose it."""
+
+DAMAGED = (9_000_001, 9_000_002)
+"""Users whose rows are cut short, and all zeros."""
 
 DEFINITIONS = """
 from datetime import timedelta
@@ -107,6 +116,18 @@ class Project:
         config = load_config(self.folder)
         with Registry.open(config.registry.url) as registry:
             registry.apply(load_definitions(config), "tests", time.time_ns() // 1_000)
+
+    def damage(self) -> None:
+        """Put rows of ``numbers`` into the store that no featserve writes, for the users ``DAMAGED``."""
+        config = load_config(self.folder)
+        with Registry.open(config.registry.url) as registry:
+            plan = Plans(registry.snapshot()).view("numbers")
+        columns = {"user_id": column(Int64, DAMAGED)} | {f"f{i}": column(Float64, [1.0] * 2) for i in range(50)}
+        times = np.zeros(2, np.int64)
+        keys, rows = encode_rows(plan, EventBatch(columns, times, times, times))
+        store = open_store(config.store.path, "write")
+        store.write_many(keys, [rows[0][:-1], bytes(len(rows[1]))])
+        store.close()
 
     @property
     def store(self) -> Path:

@@ -219,7 +219,7 @@ def test_a_server_that_comes_late_is_waited_for(server: Server) -> None:
     """A call that finds no server tries again, and succeeds with one that is up a moment later."""
     with Relay(server.port) as relay, featserve.connect(relay.address, timeout=60) as client:
         for _ in range(2):
-            timer = threading.Timer(0.5, relay.open)
+            timer = threading.Timer(0.2, relay.open)
             timer.start()
             assert len(client.get("wide", {"user_id": [1]})) == 1
             timer.join()

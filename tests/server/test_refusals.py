@@ -26,7 +26,7 @@ from tests.server.messages import (
     vectors,
     wide,
 )
-from tests.serving import Server
+from tests.serving import DAMAGED, Server
 
 pytest_plugins = ["tests.served"]
 
@@ -340,6 +340,18 @@ def test_errors_fit_into_trailers(stub: FeatureServingServiceStub, what: str, le
     error = refusal(lambda: long_texts(length)[what](stub))
     assert error.code in (INVALID, NOT_FOUND)
     assert error.reason in ("INVALID_REQUEST", "UNKNOWN_NAME")
+
+
+@pytest.mark.parametrize(("user", "problem"), [(DAMAGED[0], "is truncated"), (DAMAGED[1], "is not a featserve row")])
+def test_a_damaged_row_fails_its_request_alone(server: Server, user: int, problem: str) -> None:
+    """A row that is not what its view writes is DATA_LOSS for whoever asks for it, is logged, and harms nobody else."""
+    with server.stub() as stub:
+        error = refusal(lambda: stub.GetFeatures(wide(1, user)))
+        assert (error.code, error.reason) == (grpc.StatusCode.DATA_LOSS, "CORRUPT_ROW")
+        assert f"view numbers@1: stored row 1 of the batch {problem}" in error.message
+        assert "materialize the view again" in error.message
+        assert any(error.message in event["message"] for event in server.events() if event["level"] == "error")
+        assert stub.GetFeatures(wide(1)).rows == 1
 
 
 def test_too_large_a_message(stub: FeatureServingServiceStub) -> None:
