@@ -31,7 +31,7 @@ AGE_US = tuple(
     int(seconds * 1_000_000)
     for seconds in (0.01, 0.1, 1, 10, 60, 300, 1_800, 3_600, 21_600, 86_400, 259_200, 604_800, 2_592_000, 31_536_000)
 )
-AGES_EVERY_NS = 10 * MS
+AGES_EVERY_NS = 100 * MS
 """How often the ages of an answer are looked at, at most: reading event times costs more than all else here."""
 
 

@@ -149,7 +149,7 @@ class _Reader(PrometheusMetricReader):
                 "How long requests took from arrival to answer, each message of a stream being one",
                 durations,
             ),
-            _metric("featserve.view.age", "How old served rows were, looked at in up to 100 answers a second", ages),
+            _metric("featserve.view.age", "How old served rows were, looked at in up to 10 answers a second", ages),
             _metric(
                 "featserve.event_loop.delay",
                 "How late the event loop came to a task, looked at ten times a second",
