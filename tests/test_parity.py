@@ -104,7 +104,7 @@ def shuffled(rng: Random, batch: EventBatch) -> Iterator[EventBatch]:
         order = order[size:]
 
 
-@pytest.mark.parametrize("trial", range(8))
+@pytest.mark.parametrize("trial", range(5))
 def test_what_is_served_is_what_is_trained_on(
     trial: int, seed: int, duckdb_engine: OfflineEngine, tmp_path: Path
 ) -> None:
@@ -177,21 +177,40 @@ def test_a_server_agrees(transport: str, trial: int, seed: int, duckdb_engine: O
 # One entity, and what shrinks to the few rows that matter
 
 USER = Entity("user", {"user_id": Int64})
+Event = tuple[int, int, int, float | None, int | None]
+"""User, event time, how much later it is known, and the values of two features."""
 X, N = st.none() | st.floats(), st.none() | st.integers(-9, 9)
 EVENTS = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 6), st.integers(0, 3), X, N), max_size=8)
-"""User, event time, how much later it is known, and the values of two features."""
 
 
-@given(events=EVENTS, ttl=st.none() | st.integers(1, 4), times=st.lists(st.integers(0, 10), min_size=1, max_size=6))
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = {
+    "events": EVENTS,
+    "ttl": st.none() | st.integers(1, 4),
+    "times": st.lists(st.integers(0, 10), min_size=1, max_size=6),
+}
+
+
+@given(**FEW)
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_few_events_agree(
-    events: list[tuple[int, int, int, float | None, int | None]],
-    ttl: int | None,
-    times: list[int],
-    duckdb_engine: OfflineEngine,
-    tmp_path: Path,
+    events: list[Event], ttl: int | None, times: list[int], duckdb_engine: OfflineEngine, tmp_path: Path
 ) -> None:
     """For any few events of two entities, ties and all, both paths agree at every instant."""
+    check_events(events, ttl, times, duckdb_engine, tmp_path)
+
+
+@pytest.mark.slow
+@given(**FEW)
+@settings(max_examples=500, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_of_many_few_events_agree(
+    events: list[Event], ttl: int | None, times: list[int], duckdb_engine: OfflineEngine, tmp_path: Path
+) -> None:
+    """The same, looked for longer."""
+    check_events(events, ttl, times, duckdb_engine, tmp_path)
+
+
+def check_events(events: list[Event], ttl: int | None, times: list[int], engine: OfflineEngine, folder: Path) -> None:
+    """Compare both paths for events of users 0 and 1, at times, for these users and one who has none."""
     view = FeatureView(
         "v",
         USER,
@@ -221,11 +240,11 @@ def test_any_few_events_agree(
     types = [pa.int64(), pa.float64(), pa.int64(), pa.timestamp("us"), pa.timestamp("us")]
     arrays = [users, x, n, history.event_time_us, history.known_at_us]
     columns = [pa.array(values, type_) for values, type_ in zip(arrays, types, strict=True)]
-    pq.write_table(pa.table(columns, ["user_id", "x", "n", "at", "known"]), tmp_path / "v.parquet")
+    pq.write_table(pa.table(columns, ["user_id", "x", "n", "at", "known"]), folder / "v.parquet")
     asked = np.repeat(BASE_US + np.array(times, np.int64), 3)
     labels = {
         "user_id": Column(Int64, np.tile(np.arange(3), len(times))),
         "by": column(Float64, [0.5, None, -0.0] * len(times)),
     }
-    world = World(FeatureService("s", [view, ratio, age], dtype=Float64), {view.id: history}, labels, asked, tmp_path)
-    compare(world, duckdb_engine, Replay(np.random.default_rng(len(events)), world))
+    world = World(FeatureService("s", [view, ratio, age], dtype=Float64), {view.id: history}, labels, asked, folder)
+    compare(world, engine, Replay(np.random.default_rng(len(events)), world))

@@ -186,12 +186,16 @@ def on_demand_transform(
 
     The function is called with one NumPy array of shape (n,) for each parameter ((n, length) for a vector): bool,
     int32, int64, float32, float64, ``StringDType`` for string, object for bytes, ``datetime64[us]`` for timestamps. It
-    returns an array of length n of exactly the declared dtype, or a mapping of them by output name, and it is row-wise:
-    row i of the answer depends on row i alone. Inputs are read-only.
+    returns an array of length n of exactly the declared dtype, or a mapping of them by output name; a NaT is a null.
+    It is row-wise: row i of the answer depends on row i alone, to the last bit, so that a matrix product, whose sums
+    round by the number of rows, is refused. It is pure: no clock, no chance, no file. Inputs are read-only.
 
     ``nulls``: "strict" gives null outputs for a row with any null input, and the function never sees that row. "pass"
-    also calls it with ``valid``, a mapping of each parameter to a bool array, False where the value is null. A feature
-    that declares a default is never null. An output may be a pair of an array and such a mask.
+    also calls it with ``valid``, a mapping of each parameter to a bool array, False where the value is null; there it
+    is NaN, zero or empty. A feature that declares a default is never null. An output may be a pair of an array and
+    such a mask.
+
+    Its code is captured now: the function, and what it uses of the project, by name, from module level.
     """
 
     def declare(function: Function) -> OnDemandTransform:
