@@ -186,6 +186,7 @@ def _header_blocks(address: str) -> tuple[bytes, bytes]:
         (":path", f"{FULL_METHOD}GetFeatures"),
         ("content-type", "application/grpc"),
         ("te", "trailers"),
+        ("grpc-timeout", "5S"),  # as our own client, and every careful one, sends
         ("user-agent", "featserve-bench"),
     ]
     post_http = b"\x83\x86"

@@ -15,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from featserve.errors import MAX_VIOLATIONS, InvalidRequest, Violation, hint, invalid
-from featserve.types import Column, Type, column
+from featserve.types import Column, Type, column, value_class
 
 Int64s = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@value_class
 class EntityKeys:
     """The key columns of one request: ``columns`` by name, each of ``count`` values, none of them null."""
 
@@ -41,17 +41,17 @@ class EntityKeys:
         for name, type_ in expected.items():
             given = keys[name]
             col = given if isinstance(given, Column) else column(type_, given, f"keys.{name}")
-            if col.type != type_:
+            if col.type is not type_ and col.type != type_:
                 raise invalid(f"keys.{name}", f"expected {type_}, got {col.type}")
-            if col.null_count:
-                assert col.valid is not None
+            if col.valid is not None and col.null_count:
                 raise invalid(
                     f"keys.{name}", f"row {int(np.argmin(col.valid))} is null; a key has a value in every row"
                 )
-            if count not in (-1, len(col)):
-                raise ragged("keys", {n: len(c) for n, c in columns.items()} | {name: len(col)})
-            count = len(col)
             columns[name] = col
+            rows = len(col)
+            if count not in (-1, rows):
+                raise ragged("keys", {n: len(c) for n, c in columns.items()})
+            count = rows
         if count == 0:
             raise invalid("keys", "the batch is empty; send at least one row")
         return cls(columns, count)

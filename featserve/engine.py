@@ -59,12 +59,14 @@ def read(
         {},
     )
     start = 0
-    for i, view in enumerate(plan.views):
-        stop = start + rows
-        if stages is not None:
-            stages.begin(f"codec {view.codec.view}")
-        _fill(answer, i, view, found[start:stop], now_us, schema)
-        start = stop
+    # What float32 cannot hold is served as infinity; a NaN may be a signalling one.
+    with np.errstate(over="ignore", invalid="ignore"):
+        for i, view in enumerate(plan.views):
+            stop = start + rows
+            if stages is not None:
+                stages.begin(f"codec {view.codec.view}")
+            _fill(answer, i, view, found[start:stop], now_us, schema)
+            start = stop
     if plan.steps:
         answer.slots.update((request_slot(name), col) for name, col in request_columns.items())
         if plan.request_time:
@@ -134,12 +136,7 @@ def _fill(
     elif answer.times is not None:
         answer.times[:, i] = decoded.times()[0]
     for dtype, source, target in view.tensor:
-        if dtype[1] == "f" and dtype != schema.numpy_dtype.str:
-            # What float32 cannot hold is served as infinity; a NaN may be a signalling one.
-            with np.errstate(over="ignore", invalid="ignore"):
-                answer.values[:, target] = decoded.fixed[dtype][:, source]
-        else:
-            answer.values[:, target] = decoded.fixed[dtype][:, source]
+        answer.values[:, target] = decoded.fixed[dtype][:, source]
     if valid is not None:
         for position, at in view.unmarked:
             answer.values[~valid[:, position], at] = np.nan
@@ -166,7 +163,7 @@ def _place(answer: _Answer, plan: ReadPlan, rows: int) -> None:
             continue
         target = slice(place.tensor, place.tensor + place.type.length) if place.type.vector else place.tensor
         if place.type.floating and answer.values.dtype != col.values.dtype:
-            with np.errstate(over="ignore", invalid="ignore"):  # as in _fill
+            with np.errstate(over="ignore", invalid="ignore"):  # as in read
                 answer.values[:, target] = col.values
         else:
             answer.values[:, target] = col.values

@@ -49,6 +49,8 @@ def _values(series: Any) -> Any:
 
     Nulls are None or NaT, and for pandas NaN, which is how it marks them. What is no such column is returned as it is.
     """
+    if isinstance(series, list | np.ndarray):
+        return series
     if hasattr(series, "to_pylist"):  # pyarrow
         kind, nulls = str(series.type), series.null_count
         if not _in_array(kind, nulls):
@@ -80,6 +82,8 @@ def request_of(keys: Frame, request: Frame | None, schema: ServiceSchema) -> tup
     """
     checked = EntityKeys.of(mapping(keys, schema.keys, "keys"), schema.keys)
     if request is None:
+        if not schema.request_columns:
+            return checked, {}
         request = keys if is_frame(keys) else {}
     return checked, check_request_columns(
         mapping(request, schema.request_columns, "request_columns"), schema.request_columns, checked.count

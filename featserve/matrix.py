@@ -5,7 +5,6 @@ Knows NumPy; pyarrow and pandas only where an answer is turned into one of their
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ import numpy.typing as npt
 
 from featserve.errors import unknown
 from featserve.schema import FeatureSchema, ServiceSchema
-from featserve.types import Array, Column, Mask
+from featserve.types import Array, Column, Mask, value_class
 
 if TYPE_CHECKING:
     import pandas
@@ -33,7 +32,7 @@ class Status(IntEnum):
     EXPIRED = 4
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@value_class
 class FeatureMatrix:
     """n rows of a service's features.
 
