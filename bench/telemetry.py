@@ -36,8 +36,8 @@ from featserve.server.tracing import Tracing
 ENTITIES = 100_000
 KEYS = (1, 100)
 TARGET = 0.97
-ROUNDS = 80
-SECONDS = 0.2
+ROUNDS = 30
+SECONDS = 0.5
 REPEATS = 400
 AT_ONCE = 50
 EXPORT = "opentelemetry.proto.collector.trace.v1.TraceService"
