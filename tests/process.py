@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
 from pathlib import Path
 
 from featserve.config import load_config
@@ -19,7 +22,14 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
+def end_with_parent() -> None:
+    """End when the tests are gone, however they ended: then nobody holds the other end of standard input."""
+    os.read(sys.stdin.fileno(), 1)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def serve(folder: Path) -> None:
+    threading.Thread(target=end_with_parent, daemon=True).start()
     configure()
     run(load_config(folder), ready=say)
 
