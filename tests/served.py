@@ -59,4 +59,4 @@ def start(transport: str, tmp_path: Path) -> Iterator[Callable[..., Server]]:
 
     yield starter
     for server in started:
-        server.__exit__(None, None, None)
+        server.close()

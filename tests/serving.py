@@ -176,6 +176,14 @@ class Server:
         self.process.kill()
         self.process.wait(PATIENCE_S)
 
+    def close(self) -> None:
+        """Kill it, if it runs, and close its pipes."""
+        if self.process.poll() is None:
+            self.kill()
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            pipe.close()
+
     def memory_bytes(self) -> int:
         """Return what it holds in memory."""
         size: int = psutil.Process(self.process.pid).memory_info().rss
@@ -217,11 +225,7 @@ class Server:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self.process.poll() is None:
-            self.kill()
-        for pipe in (self.process.stdin, self.process.stdout):
-            assert pipe is not None
-            pipe.close()
+        self.close()
 
 
 def until(what: str, holds: Callable[[], Any], seconds: float = PATIENCE_S) -> Any:

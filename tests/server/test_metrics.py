@@ -266,8 +266,7 @@ def test_a_port_that_is_taken_is_an_error_that_says_so(tmp_path: Path, transport
         port = taken.getsockname()[1]
         server = watched(tmp_path / "p", transport, prometheus_port=port)
         assert server.process.wait(60) != 0
-        assert server.process.stdout is not None
-        server.process.stdout.close()
+        server.close()
     text = server.log.read_text()
     assert f"cannot listen on 127.0.0.1:{port} for metrics: Address already in use" in text
     assert "Choose another [telemetry] prometheus_port" in text
