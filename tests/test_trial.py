@@ -265,6 +265,8 @@ def test_a_broken_contract_is_refused(
         ("def now(x):\n    return x\ndef f(x):\n    return now(x)", []),
         ("def f(x):\n    return x.astype('M8[us]') > WHEN\nWHEN = 'today'", []),
         ("def f(x):\n    open = x\n    return open", []),
+        ("import io, uuid\ndef f(x):\n    return uuid.uuid5(uuid.NAMESPACE_DNS, io.StringIO('a').read())", []),
+        ("from datetime import datetime, timedelta\ndef f(x):\n    return datetime(2020, 1, 1) + timedelta(1)", []),
         ("def hash(x):\n    return x\ndef f(x):\n    return hash(x)", []),
     ],
 )
@@ -334,6 +336,7 @@ HONEST: list[tuple[str, Type]] = [
     ("np.array([local(t) for t in seen.astype(np.int64).tolist()], np.int32)", Int32),
     # Vectors.
     ("np.linalg.norm(taste, axis=1)", Float32),
+    ("np.exp(taste[:, 0]) + np.log1p(np.abs(taste[:, 1]))", Float32),
     ("taste.sum(axis=1)", Float32),
     ("taste.mean(axis=1, dtype=np.float64)", Float64),
     ("taste.std(axis=1)", Float32),
