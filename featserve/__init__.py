@@ -12,17 +12,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from featserve.client import Client, connect
     from featserve.definitions import (
+        Aggregate,
+        Calendar,
         CsvSource,
         Entity,
+        EventSource,
         FeatureService,
         FeatureView,
         Field,
+        Hopping,
         OnDemandTransform,
         ParquetSource,
         RequestColumn,
         RequestTime,
+        Rolling,
         Selection,
         Source,
+        col,
         on_demand_transform,
     )
     from featserve.embedded import Embedded, open
@@ -35,8 +41,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "client": ("Client", "connect"),
     "definitions": (
-        "CsvSource", "Entity", "FeatureService", "FeatureView", "Field", "OnDemandTransform", "ParquetSource",
-        "RequestColumn", "RequestTime", "Selection", "Source", "on_demand_transform",
+        "Aggregate", "Calendar", "CsvSource", "Entity", "EventSource", "FeatureService", "FeatureView", "Field",
+        "Hopping", "OnDemandTransform", "ParquetSource", "RequestColumn", "RequestTime", "Rolling", "Selection",
+        "Source", "col", "on_demand_transform",
     ),
     "embedded": ("Embedded", "open"),
     "errors": ("FeatserveError",),
@@ -46,10 +53,10 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "Bool", "Bytes", "Client", "CsvSource", "Embedded", "Entity", "FeatserveError", "FeatureMatrix", "FeatureService",
-    "FeatureView", "Field", "Float32", "Float64", "Int32", "Int64", "OnDemandTransform", "ParquetSource",
-    "RequestColumn", "RequestTime", "Selection", "Source", "Status", "String", "Timestamp", "Vector", "__version__",
-    "connect", "on_demand_transform", "open",
+    "Aggregate", "Bool", "Bytes", "Calendar", "Client", "CsvSource", "Embedded", "Entity", "EventSource",
+    "FeatserveError", "FeatureMatrix", "FeatureService", "FeatureView", "Field", "Float32", "Float64", "Hopping",
+    "Int32", "Int64", "OnDemandTransform", "ParquetSource", "RequestColumn", "RequestTime", "Rolling", "Selection",
+    "Source", "Status", "String", "Timestamp", "Vector", "__version__", "col", "connect", "on_demand_transform", "open",
 ]  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
-from featserve.definitions import Entity, FeatureService, FeatureView, Json, OnDemandTransform
+from featserve.definitions import Entity, EventSource, FeatureService, FeatureView, Json, OnDemandTransform
 from featserve.errors import SchemaMismatch, invalid, unknown
 
 Found = TypeVar("Found", FeatureView, FeatureService)
@@ -61,7 +61,14 @@ class Kind:
 
 KINDS = (
     Kind("entity", "entities", Entity, lambda e: (), lambda body, found: Entity.from_dict(body), versioned=False),
-    Kind("feature_view", "views", FeatureView, lambda v: (v.entity,), lambda body, found: FeatureView.from_dict(body)),
+    Kind("event_source", "event_sources", EventSource, lambda e: (), lambda body, found: EventSource.from_dict(body)),
+    Kind(
+        "feature_view",
+        "views",
+        FeatureView,
+        lambda v: (v.entity,) if v.events is None else (v.entity, v.events),
+        lambda body, found: FeatureView.from_dict(body),
+    ),
     Kind(
         "on_demand_transform",
         "transforms",
@@ -87,6 +94,7 @@ class Definitions:
     """Definitions that fit together: entities by name, everything else by ``name@version``."""
 
     entities: Mapping[str, Entity] = field(default_factory=dict)
+    event_sources: Mapping[str, EventSource] = field(default_factory=dict)
     views: Mapping[str, FeatureView] = field(default_factory=dict)
     transforms: Mapping[str, OnDemandTransform] = field(default_factory=dict)
     services: Mapping[str, FeatureService] = field(default_factory=dict)

@@ -22,10 +22,11 @@ FUNCTION_LINES = 70
 LAYERS = (
     ("errors",),
     ("types", "config", "stages"),
-    ("schema", "batch", "arrow"),
+    ("schema", "batch", "arrow", "aggregates"),
     ("definitions", "frames", "matrix"),
-    ("codec", "catalog", "purity", "sources", "transform"),
-    ("changes", "checks", "labels", "offline", "plan", "store", "trial", "wire"),
+    ("codec", "catalog", "purity", "sources", "transform", "windows"),
+    ("checks",),
+    ("changes", "labels", "offline", "plan", "store", "trial", "wire"),
     ("registry", "project", "engine"),
     ("training", "materialize"),
     ("leakage",),
@@ -48,6 +49,7 @@ IMPORTS_LATE = {
     "featserve.matrix": "pandas and pyarrow, when a frame or a table is asked for",
     "featserve.store": "the backend that is opened",
     "featserve.offline": "the engine that is opened",
+    "featserve.server.transport": "pygrpc-native, where the settings ask for it",
     "featserve.server.telemetry": "OpenTelemetry, where the settings ask for traces or metrics",
 }
 MAY_SWALLOW = re.compile(r"# .*\btop of a (background loop|request)$")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 
+from featserve.definitions.field import Field
 from featserve.definitions.rules import (
     Json,
     check_name,
@@ -15,7 +16,7 @@ from featserve.definitions.rules import (
     unique,
 )
 from featserve.definitions.transform import OnDemandTransform, Outputs, RequestColumn
-from featserve.definitions.view import FeatureView, Field, Selection
+from featserve.definitions.view import FeatureView, Selection
 from featserve.errors import DefinitionError
 from featserve.types import Float32, Float64, Type, parse_type
 

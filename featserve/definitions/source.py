@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Literal
 
@@ -55,6 +55,10 @@ class Source:
     def column(self, name: str) -> str:
         """Return the name that feature or key column ``name`` has in the files."""
         return self.columns.get(name, name)
+
+    def only(self, names: Collection[str]) -> Source:
+        """Return the source with none of its renamings but those of ``names``."""
+        return replace(self, columns={name: column for name, column in self.columns.items() if name in names})
 
     def to_dict(self) -> Json:
         return {

@@ -7,8 +7,9 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal
 
 from featserve.definitions.code import Code, Function, capture
+from featserve.definitions.field import Field
 from featserve.definitions.rules import Json, check_name, check_tags, check_version, content_hash, unique
-from featserve.definitions.view import FeatureView, Field, Selection
+from featserve.definitions.view import FeatureView, Selection
 from featserve.errors import DefinitionError, hint
 from featserve.types import Type, parse_type
 

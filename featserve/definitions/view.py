@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from datetime import timedelta
-from typing import Any
 
-import numpy as np
-
+from featserve.definitions.field import Field
 from featserve.definitions.rules import (
     Json,
     check_name,
@@ -20,8 +18,9 @@ from featserve.definitions.rules import (
     unique,
 )
 from featserve.definitions.source import Source
-from featserve.errors import DefinitionError, InvalidRequest, hint
-from featserve.types import Bytes, Type, column, parse_type
+from featserve.definitions.window import Aggregate, EventSource
+from featserve.errors import DefinitionError, hint
+from featserve.types import Type, parse_type
 
 KEY_TYPES = ("bool", "int32", "int64", "string", "bytes", "timestamp")
 MAX_FEATURES = 4_096
@@ -75,120 +74,24 @@ class Entity:
 
 
 @dataclass(frozen=True, slots=True)
-class Field:
-    """One feature of a view.
-
-    ``default`` replaces a null in the value served, never its status. ``min``, ``max`` (inclusive; numbers and
-    timestamps), ``allowed`` (a list of values), ``not_null`` and ``not_nan`` are checked on every write, before
-    anything is stored.
-    """
-
-    name: str
-    type: Type
-    _: KW_ONLY
-    description: str = ""
-    default: Any = None
-    min: Any = None
-    max: Any = None
-    allowed: Collection[Any] | None = None
-    not_null: bool = False
-    not_nan: bool = False
-
-    def __post_init__(self) -> None:
-        check_name("feature", self.name)
-        what = f"feature {self.name!r}"
-        if not isinstance(self.type, Type):
-            raise DefinitionError(f"{what}: {self.type!r} is not a type such as Int64, Float32, String or Vector(16)")
-        check_texts(what, description=self.description)
-        for role in ("not_null", "not_nan"):
-            if not isinstance(getattr(self, role), bool):
-                raise DefinitionError(f"{what}: {role} {getattr(self, role)!r} is neither True nor False")
-        ordered = not self.type.variable and not self.type.vector and self.type.name != "bool"
-        for role in ("min", "max"):
-            if getattr(self, role) is not None:
-                if not ordered:
-                    raise DefinitionError(f"{what}: {role} does not apply to {self.type}")
-                object.__setattr__(self, role, self._value(role, getattr(self, role)))
-        if self.min is not None and self.max is not None and self.min > self.max:
-            raise DefinitionError(f"{what}: min {self.min} is greater than max {self.max}")
-        if self.allowed is not None:
-            if self.type.vector:
-                raise DefinitionError(f"{what}: allowed does not apply to {self.type}")
-            listed = isinstance(self.allowed, Collection) and not isinstance(self.allowed, str | bytes | Mapping)
-            if not listed or not self.allowed:
-                raise DefinitionError(f"{what}: allowed {self.allowed!r} is not a list of at least one {self.type}")
-            object.__setattr__(self, "allowed", tuple(sorted({self._value("allowed", v) for v in self.allowed})))
-        if self.not_nan and not self.type.floating:
-            raise DefinitionError(f"{what}: not_nan does not apply to {self.type}")
-        if self.default is not None:
-            object.__setattr__(self, "default", self._value("default", self.default))
-            if self.allowed is not None and self.default not in self.allowed:
-                raise DefinitionError(f"{what}: default {self.default!r} is not one of the allowed values")
-            if (self.min is not None and self.default < self.min) or (self.max is not None and self.default > self.max):
-                raise DefinitionError(f"{what}: default {self.default!r} is outside of min and max")
-
-    def _value(self, role: str, value: Any) -> Any:
-        """Return ``value`` in the one form that JSON holds exactly: instants in microseconds, bytes in latin-1.
-
-        A float32 is the shortest decimal that means it: 0.1, not 0.10000000149011612.
-        """
-        try:
-            col = column(self.type, [value], role)
-        except InvalidRequest as error:
-            raise DefinitionError(f"feature {self.name!r}: {error}") from None
-        if col.null_count or (self.type.floating and np.isnan(col.values).any()):
-            raise DefinitionError(f"feature {self.name!r}: {role} holds {value!r}, which is no value")
-        if self.type.variable:
-            return col.to_bytes_list()[0].decode("latin-1" if self.type is Bytes else "utf-8")
-        if col.values.dtype == np.float32:
-            shortest = [float(str(number)) for number in col.values.ravel()]
-            return shortest if self.type.vector else shortest[0]
-        return col.values[0].item()
-
-    def value(self, stored: Any) -> Any:
-        """Return a ``default`` or an ``allowed`` value as ``types.column`` takes it."""
-        return stored.encode("latin-1") if self.type is Bytes else stored
-
-    def to_dict(self) -> Json:
-        return self.meaning() | {"description": self.description}
-
-    def meaning(self) -> Json:
-        return {
-            "name": self.name,
-            "type": str(self.type),
-            "default": self.default,
-            "min": self.min,
-            "max": self.max,
-            "allowed": None if self.allowed is None else list(self.allowed),
-            "not_null": self.not_null,
-            "not_nan": self.not_nan,
-        }
-
-    @classmethod
-    def from_dict(cls, d: Json) -> Field:
-        rest = d | {"type": parse_type(d["type"])}
-        if rest["type"] is Bytes:
-            default, allowed = d["default"], d["allowed"]
-            rest["default"] = None if default is None else default.encode("latin-1")
-            rest["allowed"] = None if allowed is None else [value.encode("latin-1") for value in allowed]
-        return cls(**rest)
-
-
-@dataclass(frozen=True, slots=True)
 class FeatureView:
     """Features of one entity that become true together, with one exact meaning in time.
 
-    ``ttl``: how long after its event time a row may be served (both ends included); None for ever. ``source``: the
-    files that ``materialize`` loads; None for a view that is only written online. ``version``: what name@version means
-    never changes; a change of anything but ``owner``, ``description`` or ``tags`` needs the next number.
+    Either ``features`` are the columns of rows, of which the newest is served: ``ttl`` is how long after its event time
+    a row may be (both ends included; None for ever), and ``source`` the files that ``materialize`` loads (None for a
+    view that is only written online). Or ``aggregates`` over the windows of ``events`` are: ``features`` are then
+    theirs, and ``source`` is that of the events. ``version``: what name@version means never changes; a change of
+    anything but ``owner``, ``description`` or ``tags`` needs the next number.
     """
 
     name: str
     entity: Entity
-    features: Sequence[Field]
+    features: Sequence[Field] = ()
     _: KW_ONLY
     ttl: timedelta | None = None
     source: Source | None = None
+    events: EventSource | None = None
+    aggregates: Sequence[Aggregate] = ()
     version: int = 1
     owner: str = ""
     description: str = ""
@@ -202,6 +105,8 @@ class FeatureView:
             raise DefinitionError(f"{what}: entity {self.entity!r} is not an Entity")
         check_texts(what, owner=self.owner, description=self.description)
         features = tuple(self.features) if isinstance(self.features, Iterable) else ()
+        if self.events is not None or self.aggregates:
+            features = self._aggregated(what)
         if not features or not all(isinstance(f, Field) for f in features):
             raise DefinitionError(f"{what}: features is a list of at least one Field")
         if len(features) > MAX_FEATURES:
@@ -212,17 +117,48 @@ class FeatureView:
                 raise DefinitionError(f"{what}: feature {f.name!r} is also a key column of entity {self.entity.name!r}")
         if self.ttl is not None:
             micros(f"{what}: ttl", self.ttl)
-        if self.source is not None:
-            if not isinstance(self.source, Source):
-                raise DefinitionError(f"{what}: source {self.source!r} is not a ParquetSource or CsvSource")
-            known = [*self.entity.keys, *(f.name for f in features)]
-            for name in self.source.columns:
-                if name not in known:
-                    raise DefinitionError(
-                        f"{what}: its source renames {name!r}, which is no feature or key{hint(name, known)}"
-                    )
+        if self.events is None and self.source is not None:
+            self._check_source(what, features)
         object.__setattr__(self, "features", features)
         object.__setattr__(self, "tags", check_tags(what, self.tags))
+
+    def _check_source(self, what: str, features: Sequence[Field]) -> None:
+        if not isinstance(self.source, Source):
+            raise DefinitionError(f"{what}: source {self.source!r} is not a ParquetSource or CsvSource")
+        known = [*self.entity.keys, *(f.name for f in features)]
+        for name in self.source.columns:
+            if name not in known:
+                raise DefinitionError(
+                    f"{what}: its source renames {name!r}, which is no feature or key{hint(name, known)}"
+                )
+
+    def _aggregated(self, what: str) -> tuple[Field, ...]:
+        """Check what makes a view over events, and return the features of its aggregates."""
+        events = self.events
+        if not isinstance(events, EventSource):
+            raise DefinitionError(f"{what}: aggregates need events, an EventSource; got {events!r}")
+        aggregates = tuple(self.aggregates) if isinstance(self.aggregates, Iterable) else ()
+        if not aggregates or not all(isinstance(a, Aggregate) for a in aggregates):
+            raise DefinitionError(f"{what}: aggregates is a list of at least one Aggregate")
+        for key, type_ in self.entity.keys.items():
+            if events.types.get(key) != type_:
+                raise DefinitionError(
+                    f"{what}: key column {key!r} of entity {self.entity.name!r} is {type_}, and in event source "
+                    f"{events.name!r} it is {events.types.get(key, 'none of its fields')}"
+                )
+        if self.ttl is not None:
+            raise DefinitionError(f"{what}: a ttl does not apply to aggregates; their windows say what counts")
+        if self.source not in (None, events.source):
+            raise DefinitionError(f"{what}: its source is that of its events; declare it on {events.name!r}")
+        try:
+            features = tuple(a.field(events.types) for a in aggregates)
+        except DefinitionError as error:
+            raise DefinitionError(f"{what}: {error}") from None
+        if tuple(self.features) not in ((), features):
+            raise DefinitionError(f"{what}: its features are its aggregates; declare no others")
+        object.__setattr__(self, "source", events.source)
+        object.__setattr__(self, "aggregates", aggregates)
+        return features
 
     def __getitem__(self, names: str | tuple[str, ...]) -> Selection:
         """Choose some of the view's features for a service: ``view["a"]`` or ``view["a", "b"]``."""
@@ -241,27 +177,52 @@ class FeatureView:
         return f"{self.name}@{self.version}"
 
     @property
+    def rows(self) -> FeatureView:
+        """The view whose rows a batch file or a push brings: this one, or of its events what its aggregates take."""
+        if self.events is None:
+            return self
+        wanted = {
+            self.events.event_id,
+            *(name for a in self.aggregates for name in a.columns),
+        } - self.entity.keys.keys()
+        columns = [f for f in self.events.fields if f.name in wanted]
+        source = self.source and self.source.only({*self.entity.keys, *(f.name for f in columns)})
+        return FeatureView(self.name, self.entity, columns, source=source, version=self.version)
+
+    @property
     def ttl_us(self) -> int | None:
         return None if self.ttl is None else micros("ttl", self.ttl)
 
     def to_dict(self) -> Json:
-        return self.meaning() | {
-            "entity": self.entity.to_dict(),
-            "features": [f.to_dict() for f in self.features],
-            "owner": self.owner,
-            "description": self.description,
-            "tags": dict(self.tags),
-        }
+        return (
+            self.meaning()
+            | self._parts()
+            | {
+                "entity": self.entity.to_dict(),
+                "owner": self.owner,
+                "description": self.description,
+                "tags": dict(self.tags),
+            }
+        )
 
     def meaning(self) -> Json:
         return {
             "name": self.name,
             "version": self.version,
             "entity": self.entity.meaning(),
-            "features": [f.meaning() for f in self.features],
             "ttl_us": self.ttl_us,
-            "source": None if self.source is None else self.source.to_dict(),
+            **(
+                {"features": [f.meaning() for f in self.features], "source": self.source and self.source.to_dict()}
+                if self.events is None
+                else {"events": self.events.meaning(), "aggregates": [a.meaning() for a in self.aggregates]}
+            ),
         }
+
+    def _parts(self) -> Json:
+        """Return what ``to_dict`` says in full, and ``meaning`` without what changes no value."""
+        if self.events is None:
+            return {"features": [f.to_dict() for f in self.features]}
+        return {"events": self.events.to_dict(), "aggregates": [a.to_dict() for a in self.aggregates]}
 
     @property
     def hash(self) -> str:
@@ -269,12 +230,15 @@ class FeatureView:
 
     @classmethod
     def from_dict(cls, d: Json) -> FeatureView:
+        source = d.get("source")
         return cls(
             d["name"],
             Entity.from_dict(d["entity"]),
-            [Field.from_dict(f) for f in d["features"]],
+            [Field.from_dict(f) for f in d.get("features", ())],
             ttl=None if d["ttl_us"] is None else timedelta(microseconds=d["ttl_us"]),
-            source=None if d["source"] is None else Source.from_dict(d["source"]),
+            source=None if source is None else Source.from_dict(source),
+            events=EventSource.from_dict(d["events"]) if "events" in d else None,
+            aggregates=tuple(Aggregate.from_dict(a) for a in d.get("aggregates", ())),
             version=d["version"],
             owner=d["owner"],
             description=d["description"],
