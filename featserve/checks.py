@@ -1,21 +1,44 @@
 """What a row must satisfy before anything is stored: the view's constraints, and times that are not in the future.
 
-Comes in: a typed batch. Goes out: nothing, or an InvalidRequest that names row, column and reason. Columns are checked
-whole.
+Comes in: a typed batch, or a view's batch source. Goes out: the rows that came in, or an error that names row, column
+and reason. Columns are checked whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from featserve.batch import EventBatch, Int64s
 from featserve.codec import check_key_sizes
 from featserve.definitions import FeatureView, Field
-from featserve.errors import MAX_VIOLATIONS, InvalidRequest, Violation
+from featserve.errors import MAX_VIOLATIONS, InvalidRequest, SourceError, Violation
+from featserve.sources import Progress, read_batches
 from featserve.types import Column, Mask, Timestamp, column, from_us
+
+READ_ROWS = 65_536
+"""Rows of a source that are read and checked at once."""
+
+
+def checked_batches(
+    view: FeatureView, root: Path, *, batch_rows: int = READ_ROWS, progress: Progress | None = None
+) -> Iterator[EventBatch]:
+    """Read the source of ``view`` as ``sources.read_batches`` does, and refuse rows that break its constraints.
+
+    Raises SourceError that names file or source, row and column.
+    """
+    rows = 0
+    for batch in read_batches(view, root, batch_rows=batch_rows, progress=progress):
+        try:
+            check_rows(view, batch, first_row=rows)
+        except InvalidRequest as error:
+            assert view.source is not None
+            raise SourceError(f"{view.source.path}: {error}", violations=error.violations) from None
+        yield batch
+        rows += len(batch)
 
 
 def check_rows(view: FeatureView, batch: EventBatch, latest_us: int | None = None, first_row: int = 0) -> None:
@@ -24,7 +47,7 @@ def check_rows(view: FeatureView, batch: EventBatch, latest_us: int | None = Non
     The error holds up to 16 violations, ``rows[3].temp``, counted from ``first_row``; the batch's columns already have
     the view's types.
     """
-    check_key_sizes({name: batch.columns[name] for name in view.entity.keys})
+    check_key_sizes({name: batch.columns[name] for name in view.entity.keys}, first_row)
     found = _Violations(first_row)
     for name in view.entity.keys:
         found.note(name, ~_valid(batch.columns[name]), lambda row: "is null; a key has a value in every row")

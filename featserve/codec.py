@@ -87,15 +87,16 @@ def key_ranks(columns: Sequence[Column]) -> Array:
     return np.fromiter(map(ranks.__getitem__, keys), np.int64, len(keys))
 
 
-def check_key_sizes(columns: Mapping[str, Column]) -> None:
-    """Refuse a key value over 4,096 bytes, naming its column and row."""
+def check_key_sizes(columns: Mapping[str, Column], first_row: int = 0) -> None:
+    """Refuse a key value over 4,096 bytes, naming its column and, counted from ``first_row``, its row."""
     for name, col in columns.items():
         if col.offsets is not None and len(col.values) > MAX_KEY_BYTES:
             lengths = np.diff(col.offsets)
             row = int(np.argmax(lengths))
             if lengths[row] > MAX_KEY_BYTES:
                 raise invalid(
-                    f"keys.{name}", f"row {row} is {lengths[row]:,} bytes long; the most is {MAX_KEY_BYTES:,}"
+                    f"keys.{name}",
+                    f"row {first_row + row} is {lengths[row]:,} bytes long; the most is {MAX_KEY_BYTES:,}",
                 )
 
 

@@ -13,20 +13,16 @@ from pathlib import Path
 import numpy as np
 
 from featserve.batch import EventBatch, Int64s
-from featserve.checks import check_rows
+from featserve.checks import READ_ROWS, checked_batches
 from featserve.codec import encode_keys, key_ranks
 from featserve.definitions import FeatureView
-from featserve.errors import InvalidRequest, SourceError
+from featserve.errors import SourceError
 from featserve.plan import WritePlan
-from featserve.sources import read_batches
 from featserve.store import Load, OnlineStore
 from featserve.types import Array, Column, concat
 
 CHUNK_BYTES = 512 << 20
 """Encoded rows that are held in memory and sorted together."""
-
-READ_ROWS = 65_536
-"""Rows that are read at once."""
 
 BLOCK_ROWS = 1_024
 """Rows that are handed to the store at once: few enough to stay in the processor's cache until they are written."""
@@ -58,11 +54,7 @@ def visible_batches(
         nonlocal part
         part = done / total if total else 1.0
 
-    for batch in read_batches(view, root, batch_rows=batch_rows, progress=note):
-        try:
-            check_rows(view, batch, first_row=rows)
-        except InvalidRequest as error:
-            raise SourceError(f"{view.source.path}: {error}", violations=error.violations) from None
+    for batch in checked_batches(view, root, batch_rows=batch_rows, progress=note):
         visible = (batch.event_time_us <= as_of_us) & (batch.known_at_us <= as_of_us)
         yield len(batch), batch if visible.all() else batch.take(np.nonzero(visible)[0])
         rows += len(batch)

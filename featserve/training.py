@@ -18,6 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from featserve.arrow import arrow_type, column_from_arrow, column_to_arrow
+from featserve.codec import check_key_sizes
 from featserve.definitions import (
     FeatureService,
     FeatureView,
@@ -211,5 +212,7 @@ def _statuses(col: Column, joined: JoinedView | None) -> Any:
 
 
 def labels_of(service: FeatureService, labels: Frame | str | Path, time: str) -> Labels:
-    """Return labels that have what ``service`` asks for."""
-    return read_labels(labels, dict(service.keys) | service.request_columns, time)
+    """Return labels that have what ``service`` asks for, with keys that it could be asked for online."""
+    checked = read_labels(labels, dict(service.keys) | service.request_columns, time)
+    check_key_sizes({name: checked.columns[name] for name in service.keys})
+    return checked
