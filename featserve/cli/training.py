@@ -6,7 +6,6 @@ Comes in: a project's applied definitions and a file of labels. Both read the ba
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -20,11 +19,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from featserve import training
 from featserve.cli.show import STDERR, counted, facts, show, show_json, size, table
 from featserve.cli.verbs import Verb, applied, as_json, main, project, settings
-from featserve.errors import CallerError
+from featserve.errors import CallerError, DefinitionError
 from featserve.leakage import LeakageReport, check_plot
 from featserve.leakage import leakage as report_leakage
 from featserve.offline import Engine, open_engine
 from featserve.offline import Progress as Steps
+from featserve.offline.memory import mebibytes
 
 file = click.Path(exists=True, dir_okay=False, path_type=Path)
 new_file = click.Path(dir_okay=False, path_type=Path)
@@ -32,8 +32,10 @@ new_file = click.Path(dir_okay=False, path_type=Path)
 
 def memory(text: str) -> str:
     """Return a size as every engine takes it."""
-    if not re.fullmatch(r"[1-9][0-9]*[MG]", text):
-        raise click.BadParameter(f"{text!r} is not a size as in 4G or 500M")
+    try:
+        mebibytes(text)
+    except DefinitionError as error:
+        raise click.BadParameter(str(error)) from None
     return text
 
 

@@ -48,8 +48,9 @@ class OfflineEngine(Protocol):
 def open_engine(name: Engine = "duckdb", *, memory_limit: str | None = None) -> OfflineEngine:
     """Open an offline engine: "duckdb" within this process, or "spark" in local mode.
 
-    ``memory_limit``, such as "4GB": what it may use before it spills to disk; None for the engine's own default. Raises
-    DefinitionError for an engine that is not known or not installed.
+    ``memory_limit``, such as "500M" or "4G": what it may use before it spills to disk; None for 80 % of the machine's
+    memory on DuckDB, half of it on Spark. Raises DefinitionError for an engine that is not known or not installed, and
+    for a limit that is no size.
     """
     try:
         if name == "duckdb":

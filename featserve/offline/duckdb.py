@@ -10,6 +10,7 @@ import duckdb
 import pyarrow as pa
 
 from featserve.errors import SourceError, TooLarge
+from featserve.offline.memory import mebibytes
 from featserve.offline.scan import Scan
 from featserve.offline.sql import find_rows, source_rows
 
@@ -27,7 +28,7 @@ class DuckDBEngine:
     def __init__(self, *, memory_limit: str | None = None) -> None:
         self._config: dict[str, Any] = {"preserve_insertion_order": False, "python_enable_replacements": False}
         if memory_limit is not None:
-            self._config["memory_limit"] = memory_limit
+            self._config["memory_limit"] = f"{mebibytes(memory_limit)}MiB"
 
     def find(self, labels: Any, scans: Sequence[Scan], folder: Path, progress: Callable[[str], None]) -> Iterator[Any]:
         with duckdb.connect(config={**self._config, "temp_directory": str(folder / "spill")}) as connection:

@@ -25,6 +25,7 @@ from pyspark.sql.pandas.types import from_arrow_schema
 from pyspark.storagelevel import StorageLevel
 
 from featserve.errors import DefinitionError, SourceError, TransformError
+from featserve.offline.memory import machine_mebibytes, mebibytes
 from featserve.offline.scan import Scan
 from featserve.offline.sql import find_rows, source_rows
 
@@ -46,6 +47,9 @@ SESSION = {
     "spark.sql.parquet.datetimeRebaseModeInRead": "CORRECTED",
 }
 
+LEAST_MEBIBYTES = 512
+"""Spark does not start with less than 450 MiB of Java heap."""
+
 ROW = "_row"
 
 
@@ -53,7 +57,8 @@ class SparkEngine:
     """An OfflineEngine over Spark.
 
     ``session``: the Spark session to work in, beside whatever else it does; None for one in local mode on all cores,
-    whose driver has ``memory_limit`` of Java heap.
+    whose Java heap, where the join happens, may grow to ``memory_limit``: to half of the machine's memory if None. A
+    session that this process already has keeps the heap that it began with.
     """
 
     def __init__(self, *, session: SparkSession | None = None, memory_limit: str | None = None) -> None:
@@ -113,13 +118,16 @@ def _raised(error: PySparkException) -> TransformError:
 
 
 def _local_session(memory_limit: str | None) -> SparkSession:
+    heap = max(LEAST_MEBIBYTES, machine_mebibytes() // 2) if memory_limit is None else mebibytes(memory_limit)
+    if heap < LEAST_MEBIBYTES:
+        raise DefinitionError(
+            f"memory limit {memory_limit!r} is too little for Spark; the least that it takes is {LEAST_MEBIBYTES}M"
+        )
     # Transforms run in Python processes of the executors: let those be this Python, with the same packages.
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    builder = SparkSession.builder.master("local[*]").appName("featserve")
+    builder = SparkSession.builder.master("local[*]").appName("featserve").config("spark.driver.memory", f"{heap}m")
     for name, value in LOCAL.items():
         builder = builder.config(name, value)
-    if memory_limit is not None:
-        builder = builder.config("spark.driver.memory", memory_limit)
     try:
         session = builder.getOrCreate()
     except PySparkException as error:
