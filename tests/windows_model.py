@@ -257,7 +257,7 @@ POOLS: dict[str, list[Any]] = {
     "at": [0, -1, 1_700_000_000_000_000, None],
 }
 RARE: dict[str, list[Any]] = {
-    "amount": [math.inf, -math.inf, 1e300],
+    "amount": [math.inf, -math.inf, 1e150],
     "ratio": [math.inf, -math.inf],
     "quantity": [MOST, LEAST, MOST - 1],
 }
@@ -271,9 +271,8 @@ WHERES = (
 )
 OFS = (*(col(name) for name in TYPES if name not in ("user_id", "region", "event_id")), col("amount") / col("small"))
 
-NOT_FOR = dict.fromkeys(("min", "max"), {"kind", "body", "flag"}) | dict.fromkeys(
-    ("sum", "mean", "stddev"), {"kind", "body", "flag", "at"}
-)
+WORDS = {"kind", "body", "flag"}
+NOT_FOR = {"min": WORDS, "max": WORDS} | {function: {*WORDS, "at"} for function in ("sum", "mean", "stddev")}
 """The columns that a function does not take."""
 
 MICROSECOND, HOUR, DAY = timedelta(microseconds=1), timedelta(hours=1), timedelta(days=1)
