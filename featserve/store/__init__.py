@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 from featserve.codec import STAMP
 
-Access = Literal["write", "read"]
+Access = Literal["write", "read", "follow"]
 
 
 class Load(Protocol):
@@ -50,6 +50,17 @@ class OnlineStore(Protocol):
     def count(self, prefix: bytes) -> int:
         """Return the number of keys that start with ``prefix``; reads all of them."""
 
+    def identity(self) -> str:
+        """Return what tells this store from every other, eight hexadecimal digits."""
+
+    def sequence(self) -> int:
+        """Return the number of the last write that every read sees: each batch that changed something, and each load
+        that did, is numbered one more than that before it.
+        """
+
+    def catch_up(self) -> None:
+        """See what the process that writes the store has written, where this one follows it; else do nothing."""
+
     def size_bytes(self) -> int:
         """Return the bytes that the store takes on disk or in memory."""
 
@@ -83,6 +94,7 @@ def open_store(
 ) -> OnlineStore:
     """Open the embedded store in folder ``path``; "write" makes one where there is none.
 
+    "read" sees the rows that are there now; "follow" also what another process writes, at each ``catch_up``.
     ``count_lookups``: count what its caches hit and miss, which makes a read some percent slower. Raises StoreLocked
     where another process has it open for writing, StoreError where it is missing or damaged.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ class MemoryStore:
     def __init__(self) -> None:
         self._rows: dict[bytes, bytes] | None = {}
         self._lock = threading.Lock()
+        self._identity, self._sequence = secrets.token_hex(4), 0
 
     def read_many(self, keys: list[bytes]) -> list[bytes | None]:
         return list(map(self._open().get, keys))
@@ -30,6 +32,7 @@ class MemoryStore:
                 if key not in stored or stored[key][STAMP] <= row[STAMP]
             }
             stored.update(won)
+            self._sequence += bool(won)
             return len(won)
 
     @contextmanager
@@ -41,6 +44,15 @@ class MemoryStore:
 
     def count(self, prefix: bytes) -> int:
         return sum(key.startswith(prefix) for key in self._open())
+
+    def identity(self) -> str:
+        return self._identity
+
+    def sequence(self) -> int:
+        return self._sequence
+
+    def catch_up(self) -> None:
+        pass
 
     def size_bytes(self) -> int:
         return sum(len(key) + len(row) for key, row in self._open().items())

@@ -336,6 +336,23 @@ def test_readers_never_see_a_row_vanish_or_grow_older(store: OnlineStore) -> Non
     assert not seen
 
 
+def test_writes_are_numbered(store: OnlineStore) -> None:
+    """Each batch and each load that changes something raises the number by one, and no other does."""
+    first = store.sequence()
+    store.write_many([b"a", b"b"], [row((2, 2, 2))] * 2)
+    assert store.sequence() == first + 1
+    store.write_many([b"a"], [row((1, 1, 1))])
+    with store.load() as load:
+        load.add([b"a"], [row((1, 1, 1))])
+    assert store.sequence() == first + 1
+    with store.load() as load:
+        load.add([b"a", b"c"], [row((3, 3, 3))] * 2)
+        load.add([b"d"], [row((3, 3, 3))])
+    store.catch_up()
+    assert store.sequence() == first + 2
+    assert len(bytes.fromhex(store.identity())) == 4
+
+
 def test_closed(store: OnlineStore) -> None:
     """A store that is closed says so, whatever it is asked; closing it again is allowed."""
     store.close()
