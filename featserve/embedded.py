@@ -5,6 +5,7 @@ Comes in: a project's folder. Knows no transport.
 
 from __future__ import annotations
 
+import threading
 import time as clock
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,7 +41,8 @@ def open(path: str | PathLike[str], *, write: bool = False) -> Embedded:
     """Open the project in folder ``path`` in this process.
 
     ``write``: also write and materialize; only one process may, and a running server is one. Without it any number of
-    processes read, each what was there when it opened. Raises DefinitionError, RegistryError or StoreError.
+    processes read, each what was there when it first asked; the store is opened then, so training frames and schemas
+    need none. Raises DefinitionError, RegistryError or StoreError.
     """
     return Embedded(load_config(Path(path)), "write" if write else "read")
 
@@ -52,19 +54,37 @@ class Embedded:
         self.config = config
         self._access = access
         self.registry = Registry.open(config.registry.url, create=False)
+        self._engine: Engine | None = None
+        self._opening = threading.Lock()
+        self._closed = False
         try:
-            plans = Plans(self.registry.snapshot())
-            store = open_store(
-                config.store.path,
-                access,
-                durability=config.store.durability,
-                block_cache_mb=config.store.block_cache_mb,
-                row_cache_mb=config.store.row_cache_mb,
-            )
+            self.plans = Plans(self.registry.snapshot())
+            if access == "write":
+                self._engine = self._open_engine()
         except BaseException:
             self.registry.close()
             raise
-        self.engine = Engine(store, plans)
+
+    @property
+    def engine(self) -> Engine:
+        """The store with what is applied; to read, it is opened when this is first used."""
+        if self._engine is None:
+            with self._opening:
+                if self._closed:
+                    raise StoreError("the project is closed")
+                self._engine = self._engine or self._open_engine()
+        return self._engine
+
+    def _open_engine(self) -> Engine:
+        settings = self.config.store
+        store = open_store(
+            settings.path,
+            self._access,
+            durability=settings.durability,
+            block_cache_mb=settings.block_cache_mb,
+            row_cache_mb=settings.row_cache_mb,
+        )
+        return Engine(store, self.plans)
 
     def get(
         self,
@@ -79,7 +99,7 @@ class Embedded:
         """Return the features of ``service`` for a batch of entities, one row for each; see ``Client.get``."""
         if stages is not None:
             stages.begin("plan")
-        plan = self.engine.plans.service(service)
+        plan = self.plans.service(service)
         now_us = instant_us(as_of)
         if stages is not None:
             stages.begin("keys")
@@ -93,12 +113,12 @@ class Embedded:
 
     def describe(self, service: str) -> ServiceSchema:
         """Return the schema of a service."""
-        return self.engine.plans.service(service).schema
+        return self.plans.service(service).schema
 
     def write(self, view: str, rows: Frame, *, event_time: Any, known_at: Any | None = None) -> Written:
         """Write rows of a feature view, all or none; see ``Client.write``."""
         self._check_writable()
-        plan = self.engine.plans.view(view)
+        plan = self.plans.view(view)
         skew_us = int(self.config.server.max_future_skew_seconds * 1_000_000)
         arrival = rows_of(rows, plan.columns, event_time, known_at)
         return self.engine.write(plan, arrival, now_us=clock_us(), max_future_skew_us=skew_us)
@@ -106,7 +126,7 @@ class Embedded:
     def materialize(self, view: str, *, as_of: datetime | None = None, progress: Progress | None = None) -> Loaded:
         """Load a view's batch source into the store, as of an instant (now by default), and record it."""
         self._check_writable()
-        plan = self.engine.plans.view(view)
+        plan = self.plans.view(view)
         started = clock.monotonic()
         as_of_us = instant_us(as_of)
         loaded = load(self.engine.store, plan, self.config.folder, as_of_us, progress)
@@ -136,7 +156,7 @@ class Embedded:
         One row for each label, in the labels' order; see ``training.training_frame``. ``engine``: "duckdb", "spark", or
         an open engine. Reads the batch sources, not the store.
         """
-        definition = self.engine.plans.snapshot.service(service)
+        definition = self.plans.snapshot.service(service)
         with _opened(engine) as offline:
             return training_frame(
                 offline,
@@ -164,7 +184,7 @@ class Embedded:
         ``label``: the labels' column that is to be predicted; see ``leakage.leakage``. The rest is as in
         ``training_frame``.
         """
-        definition = self.engine.plans.snapshot.service(service)
+        definition = self.plans.snapshot.service(service)
         with _opened(engine) as offline:
             return leakage(
                 offline,
@@ -178,7 +198,10 @@ class Embedded:
 
     def refresh(self) -> None:
         """Take what was applied since the project was opened."""
-        self.engine.plans = Plans(self.registry.snapshot())
+        with self._opening:
+            self.plans = Plans(self.registry.snapshot())
+            if self._engine is not None:
+                self._engine.plans = self.plans
 
     def _check_writable(self) -> None:
         if self._access != "write":
@@ -186,7 +209,10 @@ class Embedded:
 
     def close(self) -> None:
         """Close the store and the registry."""
-        self.engine.store.close()
+        with self._opening:
+            self._closed = True
+        if self._engine is not None:
+            self._engine.store.close()
         self.registry.close()
 
     def __enter__(self) -> Self:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import featserve
@@ -212,12 +214,13 @@ def test_written_rows_are_read_back(embedded: featserve.Embedded) -> None:
 
 
 def test_a_reader_beside_a_server(server: Server) -> None:
-    """Any number of processes read beside a server, each what was there when it opened; none of them writes."""
+    """Any number of processes read beside a server, each what was there when it first asked; none of them writes."""
     rows = {"country": ["beside"], "zip": ["1"], "temp": [1.0], "wind": [1.0]}
     keys = {"user_id": [1], "country": ["beside"], "zip": ["1"]}
     with server.client() as client:
         client.write("weather", rows, event_time=NOW)
         with featserve.open(server.project.folder) as first:
+            assert first.get("compact", keys).column("weather.temp").to_list() == [1.0]
             client.write("weather", rows | {"temp": [2.0]}, event_time=NOW + timedelta(seconds=1))
             with featserve.open(server.project.folder) as second:
                 temps = [each.get("compact", keys).column("weather.temp").to_list() for each in (first, second, client)]
@@ -238,12 +241,37 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(RegistryError, match="`featserve apply` makes it"):
         featserve.open(tmp_path)
     project.apply(DEFINITIONS)
-    with pytest.raises(StoreError, match=r"there is no store at .*; load one with `featserve materialize`"):
-        featserve.open(tmp_path)
+    with featserve.open(tmp_path) as embedded:
+        for _ in range(2):
+            with pytest.raises(StoreError, match=r"there is no store at .*; load one with `featserve materialize`"):
+                embedded.get("wide", {"user_id": [1]})
     with featserve.open(tmp_path, write=True) as embedded:
         assert embedded.get("wide", {"user_id": [1]}).view_status.tolist() == [[NOT_FOUND]]
     with featserve.open(tmp_path) as embedded:
         assert embedded.get("wide", {"user_id": [1]}).view_status.tolist() == [[NOT_FOUND]]
+
+
+def test_what_reads_no_store_needs_none(tmp_path: Path) -> None:
+    """Schemas, training frames and the report come from the registry and the sources, before anything is loaded."""
+    pq.write_table(pa.table({"user_id": [1], "at": [NOW - timedelta(days=1)], "x": [1.5]}), tmp_path / "rows.parquet")
+    project = Project(tmp_path)
+    project.configure(server={"port": 0})
+    project.apply(
+        "from featserve import *\n"
+        "source = ParquetSource('rows.parquet', event_time='at')\n"
+        "view = FeatureView('v', Entity('user', {'user_id': Int64}), [Field('x', Float64)], source=source)\n"
+        "service = FeatureService('s', [view])\n"
+    )
+    labels = {"user_id": [1], "when": pa.array([NOW], pa.timestamp("us", "UTC")), "late": [True]}
+    with featserve.open(tmp_path) as embedded:
+        assert embedded.describe("s").name == "s"
+        assert embedded.training_frame("s", labels, time="when")["v.x"].to_pylist() == [1.5]
+        assert embedded.leakage("s", labels, time="when", label="late").rows == 1
+        embedded.refresh()
+        with pytest.raises(StoreError, match="there is no store"):
+            embedded.get("s", {"user_id": [1]})
+    with pytest.raises(StoreError, match="the project is closed"):
+        embedded.get("s", {"user_id": [1]})
 
 
 def test_refresh_takes_what_was_applied(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def materialize(config: Config, names: tuple[str, ...], as_of: datetime | None, 
     with ExitStack() as stack:
         if target is None:
             project = stack.enter_context(Embedded(config, "write"))
-            snapshot = project.engine.plans.snapshot
+            snapshot = project.plans.snapshot
             load_view = _loads_here(project, as_of_us)
         else:
             registry = stack.enter_context(Registry.open(config.registry.url, create=False))
