@@ -14,7 +14,7 @@ import numpy as np
 
 from featserve.batch import EventBatch, Int64s
 from featserve.codec import check_key_sizes
-from featserve.definitions import FeatureView, Field
+from featserve.definitions import Field, Rows
 from featserve.errors import MAX_VIOLATIONS, InvalidRequest, SourceError, Violation
 from featserve.sources import Progress, read_batches
 from featserve.types import Column, Mask, Timestamp, column, from_us
@@ -24,45 +24,43 @@ READ_ROWS = 65_536
 
 
 def checked_batches(
-    view: FeatureView, root: Path, *, batch_rows: int = READ_ROWS, progress: Progress | None = None
+    rows: Rows, root: Path, *, batch_rows: int = READ_ROWS, progress: Progress | None = None
 ) -> Iterator[EventBatch]:
-    """Read the source of ``view`` as ``sources.read_batches`` does, and refuse rows that break its constraints.
+    """Read the source of ``rows`` as ``sources.read_batches`` does, and refuse rows that break its constraints.
 
     Raises SourceError that names file or source, row and column.
     """
-    rows = 0
-    for batch in read_batches(view, root, batch_rows=batch_rows, progress=progress):
+    before = 0
+    for batch in read_batches(rows, root, batch_rows=batch_rows, progress=progress):
         try:
-            check_rows(view, batch, first_row=rows)
+            check_rows(rows, batch, first_row=before)
         except InvalidRequest as error:
-            assert view.source is not None
-            raise SourceError(f"{view.source.path}: {error}", violations=error.violations) from None
+            assert rows.source is not None
+            raise SourceError(f"{rows.source.path}: {error}", violations=error.violations) from None
         yield batch
-        rows += len(batch)
+        before += len(batch)
 
 
-def check_rows(view: FeatureView, batch: EventBatch, latest_us: int | None = None, first_row: int = 0) -> None:
-    """Refuse a batch with a row that breaks a constraint of ``view`` or lies after ``latest_us``, if that is given.
+def check_rows(rows: Rows, batch: EventBatch, latest_us: int | None = None, first_row: int = 0) -> None:
+    """Refuse a batch with a row that breaks a constraint of ``rows`` or lies after ``latest_us``, if that is given.
 
     The error holds up to 16 violations, ``rows[3].temp``, counted from ``first_row``; the batch's columns already have
-    the view's types.
+    their types.
     """
-    check_key_sizes({name: batch.columns[name] for name in view.entity.keys}, first_row)
+    check_key_sizes({name: batch.columns[name] for name in rows.keys}, first_row)
     found = _Violations(first_row)
-    for name in view.entity.keys:
+    for name in rows.keys:
         found.note(name, ~_valid(batch.columns[name]), lambda row: "is null; a key has a value in every row")
     if latest_us is not None:
         last = _instant(latest_us)
         for name, times in (("event_time", batch.event_time_us), ("known_at", batch.known_at_us)):
             found.note(name, times > latest_us, partial(_late, times, last))
-    for f in view.features:
+    for f in rows.features:
         _check_field(f, batch.columns[f.name], found)
     if found.violations:
         shown = [f"{v.field}: {v.description}" for v in found.violations]
         more = f"; and {len(shown) - 3} more" if len(shown) > 3 else ""
-        raise InvalidRequest(
-            f"view {view.id}: {'; '.join(shown[:3])}{more}", violations=found.violations[:MAX_VIOLATIONS]
-        )
+        raise InvalidRequest(f"{rows.id}: {'; '.join(shown[:3])}{more}", violations=found.violations[:MAX_VIOLATIONS])
 
 
 def _late(times: Int64s, last: str, row: int) -> str:

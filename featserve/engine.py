@@ -201,7 +201,7 @@ def write(store: OnlineStore, plan: WritePlan, batch: EventBatch, latest_us: int
     ``latest_us``: the last instant that an event time or known-at may be. Raises InvalidRequest that names row, column
     and reason, and writes nothing; StoreError where the store cannot.
     """
-    check_rows(plan.view, batch, latest_us)
+    check_rows(plan.view.rows, batch, latest_us)
     return Written(len(batch), store.write_many(*encode_rows(plan, batch)))
 
 

@@ -54,7 +54,7 @@ def visible_batches(
         nonlocal part
         part = done / total if total else 1.0
 
-    for batch in checked_batches(view, root, batch_rows=batch_rows, progress=note):
+    for batch in checked_batches(view.rows, root, batch_rows=batch_rows, progress=note):
         visible = (batch.event_time_us <= as_of_us) & (batch.known_at_us <= as_of_us)
         yield len(batch), batch if visible.all() else batch.take(np.nonzero(visible)[0])
         rows += len(batch)

@@ -1,4 +1,4 @@
-"""Reading the batch source of a feature view: Parquet and CSV files in, event batches out, in source order.
+"""Reading batch sources, of feature views and of events: Parquet and CSV files in, event batches out, in source order.
 
 The one reader of ``materialize`` and of the training path, so both see the same rows with the same times. Every row
 is exactly as declared or is an error that names the file, the column and the row (its position in the file, from 0).
@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from featserve.arrow import arrow_type, column_from_arrow, first_refused
 from featserve.batch import EventBatch, Int64s
-from featserve.definitions import FeatureView, Source
+from featserve.definitions import Rows, Source
 from featserve.definitions.rules import micros
 from featserve.errors import InvalidRequest, SourceError, hint
 from featserve.types import NEVER_US, Column, Float32, Float64, Int32, Int64, String, Timestamp, Type
@@ -41,25 +41,25 @@ ZONED = r"[T ]\d.*(Z|[+-]\d\d(:?\d\d)?)$"
 
 
 def read_batches(
-    view: FeatureView, root: Path, *, batch_rows: int = 131_072, progress: Progress | None = None
+    rows: Rows, root: Path, *, batch_rows: int = 131_072, progress: Progress | None = None
 ) -> Iterator[EventBatch]:
-    """Read the source of ``view``, with its path relative to ``root``, as batches of at most ``batch_rows`` rows.
+    """Read the source of ``rows``, with its path relative to ``root``, as batches of at most ``batch_rows`` rows.
 
     The files of a glob are read in order of their path. ``sequence`` is the row's position over all files. Each file
     is checked for its columns and types before the first row is read. Raises SourceError: no such file, not readable,
     a column that is missing or of another type, a value that does not fit, a null key, event time or known-at.
     """
-    source = _source(view)
+    source = _source(rows)
     check, read = (_check_parquet, _read_parquet) if source.format == "parquet" else (_check_csv, _read_csv)
-    files = source_files(view, root)
-    sizes = [check(path, view) for path in files]
+    files = source_files(rows, root)
+    sizes = [check(path, rows) for path in files]
 
     def batches() -> Iterator[EventBatch]:
         sequence = before = 0
         for path, size in zip(files, sizes, strict=True):
             row = 0
-            for records, done in read(path, view, batch_rows):
-                yield _event_batch(view, records, path, row, sequence)
+            for records, done in read(path, rows, batch_rows):
+                yield _event_batch(rows, records, path, row, sequence)
                 row += records.num_rows
                 sequence += records.num_rows
                 if progress is not None:
@@ -69,68 +69,68 @@ def read_batches(
     return batches()
 
 
-def source_rows(view: FeatureView, root: Path) -> int | None:
-    """Return how many rows the source of ``view`` has, None for CSV, where only reading them all would tell."""
-    if _source(view).format == "csv":
+def source_rows(rows: Rows, root: Path) -> int | None:
+    """Return how many rows the source of ``rows`` has, None for CSV, where only reading them all would tell."""
+    if _source(rows).format == "csv":
         return None
-    return sum(_check_parquet(path, view) for path in source_files(view, root))
+    return sum(_check_parquet(path, rows) for path in source_files(rows, root))
 
 
-def source_files(view: FeatureView, root: Path) -> list[Path]:
-    """Return the files of the source of ``view``, ordered by path; raises SourceError where there is none.
+def source_files(rows: Rows, root: Path) -> list[Path]:
+    """Return the files of the source of ``rows``, ordered by path; raises SourceError where there is none.
 
     As in a shell, a glob matches no file whose name starts with a dot.
     """
-    source = _source(view)
+    source = _source(rows)
     path = root / source.path
     if path.is_file():
         return [path]
     if path.is_dir():
         raise SourceError(
-            f"source of {view.id}: {path} is a folder; name its files, as in {source.path}/*.{source.format}"
+            f"source of {rows.id}: {path} is a folder; name its files, as in {source.path}/*.{source.format}"
         )
     start = Path(path.anchor) if Path(source.path).is_absolute() else root
     try:
         matches = start.glob(str(path.relative_to(start)))
         files = [f for f in matches if f.is_file() and not f.name.startswith(".")]
     except ValueError as error:
-        raise SourceError(f"source of {view.id}: {source.path}: {error}") from None
+        raise SourceError(f"source of {rows.id}: {source.path}: {error}") from None
     if not files:
         near = hint(path.name, (f.name for f in path.parent.iterdir())) if path.parent.is_dir() else ""
-        raise SourceError(f"source of {view.id}: no file matches {path}{near}")
+        raise SourceError(f"source of {rows.id}: no file matches {path}{near}")
     return sorted(files, key=Path.as_posix)
 
 
-def _source(view: FeatureView) -> Source:
-    if view.source is None:
-        raise SourceError(f"{view.id} has no source to read: its rows are only written online")
-    return view.source
+def _source(rows: Rows) -> Source:
+    if rows.source is None:
+        raise SourceError(f"{rows.id} has no source to read: its rows are only written online")
+    return rows.source
 
 
-def _wanted(view: FeatureView) -> Iterator[tuple[str, Type]]:
-    """Yield each column of the files that a view needs, with a type that it needs it as."""
-    source = _source(view)
-    for name, type in (*view.entity.keys.items(), *((f.name, f.type) for f in view.features)):
+def _wanted(rows: Rows) -> Iterator[tuple[str, Type]]:
+    """Yield each column of the files that the rows have, with a type that it needs it as."""
+    source = _source(rows)
+    for name, type in (*rows.keys.items(), *((f.name, f.type) for f in rows.features)):
         yield source.column(name), type
     for name in filter(None, (source.event_time, source.known_at)):
         yield name, Timestamp
 
 
-def _names(view: FeatureView) -> list[str]:
-    return list(dict(_wanted(view)))
+def _names(rows: Rows) -> list[str]:
+    return list(dict(_wanted(rows)))
 
 
-def _check_names(path: Path, names: list[str], view: FeatureView) -> None:
-    for name in _names(view):
+def _check_names(path: Path, names: list[str], rows: Rows) -> None:
+    for name in _names(rows):
         if name not in names:
-            raise SourceError(f"{path}: no column {name!r}, which {view.id} needs{hint(name, names)}")
+            raise SourceError(f"{path}: no column {name!r}, which {rows.id} needs{hint(name, names)}")
         if names.count(name) > 1:
-            raise SourceError(f"{path}: {names.count(name)} columns named {name!r}, which {view.id} needs one of")
+            raise SourceError(f"{path}: {names.count(name)} columns named {name!r}, which {rows.id} needs one of")
 
 
-def _event_batch(view: FeatureView, records: Any, path: Path, row: int, sequence: int) -> EventBatch:
+def _event_batch(rows: Rows, records: Any, path: Path, row: int, sequence: int) -> EventBatch:
     """Return the records that start at ``row`` of the file and at ``sequence`` of the source as an EventBatch."""
-    source = _source(view)
+    source = _source(rows)
 
     def read(name: str, type: Type) -> Column:
         return _column(records.column(name), path, name, type, row)
@@ -142,9 +142,9 @@ def _event_batch(view: FeatureView, records: Any, path: Path, row: int, sequence
         return column
 
     columns = {}
-    for key, type in view.entity.keys.items():
+    for key, type in rows.keys.items():
         columns[key] = required(read(source.column(key), type), source.column(key), f"a value of key {key!r}")
-    for feature in view.features:
+    for feature in rows.features:
         columns[feature.name] = read(source.column(feature.name), feature.type)
     event_time_us = required(read(source.event_time, Timestamp), source.event_time, "an event time").values
     if source.known_at is not None:
@@ -173,52 +173,52 @@ def _delayed(event_time_us: Int64s, source: Source, path: Path, row: int) -> Int
     return event_time_us + delay_us if delay_us else event_time_us
 
 
-def _check_parquet(path: Path, view: FeatureView) -> int:
+def _check_parquet(path: Path, rows: Rows) -> int:
     """Check the file's columns and their types; return its rows."""
     try:
         with pq.ParquetFile(path) as file:
-            schema, rows = file.schema_arrow, int(file.metadata.num_rows)
+            schema, count = file.schema_arrow, int(file.metadata.num_rows)
     except UNREADABLE as error:
         raise _unreadable(path, "Parquet", error) from None
-    _check_names(path, schema.names, view)
-    for name, type in _wanted(view):
+    _check_names(path, schema.names, rows)
+    for name, type in _wanted(rows):
         _column(pa.nulls(0, schema.field(name).type), path, name, type, 0)
-    return rows
+    return count
 
 
-def _read_parquet(path: Path, view: FeatureView, batch_rows: int) -> Iterator[tuple[Any, int]]:
+def _read_parquet(path: Path, rows: Rows, batch_rows: int) -> Iterator[tuple[Any, int]]:
     """Yield record batches, each with the rows read so far."""
     done = 0
     try:
         with pq.ParquetFile(path) as file:
-            for records in file.iter_batches(batch_rows, columns=_names(view), use_threads=True):
+            for records in file.iter_batches(batch_rows, columns=_names(rows), use_threads=True):
                 done += records.num_rows
                 yield records, done
     except UNREADABLE as error:
         raise _unreadable(path, "Parquet", error) from None
 
 
-def _check_csv(path: Path, view: FeatureView) -> int:
+def _check_csv(path: Path, rows: Rows) -> int:
     """Check the file's columns; return its bytes on disk."""
-    _csv_types(path, view)
+    _csv_types(path, rows)
     try:
-        _check_names(path, _csv_header(path, _source(view)), view)
+        _check_names(path, _csv_header(path, _source(rows)), rows)
         return path.stat().st_size
     except UNREADABLE as error:
         raise _unreadable(path, "CSV", error) from None
 
 
-def _csv_types(path: Path, view: FeatureView) -> dict[str, Any]:
+def _csv_types(path: Path, rows: Rows) -> dict[str, Any]:
     """Return the Arrow type to parse each column as: the widest that ``_column`` then narrows exactly."""
     types: dict[str, Any] = {}
-    for name, type in _wanted(view):
+    for name, type in _wanted(rows):
         if type.vector:
             raise SourceError(
                 f"{path}: column {name!r}: CSV holds no {type}; use Parquet, where it is a list of floats"
             )
         parsed = arrow_type({Int32: Int64, Float32: Float64, Timestamp: String}.get(type, type))
         if types.setdefault(name, parsed) != parsed:
-            raise SourceError(f"{path}: column {name!r}: read both as {types[name]} and as {parsed} by {view.id}")
+            raise SourceError(f"{path}: column {name!r}: read both as {types[name]} and as {parsed} by {rows.id}")
     return types
 
 
@@ -264,11 +264,11 @@ class _CountedStream(io.RawIOBase):
         return data
 
 
-def _read_csv(path: Path, view: FeatureView, batch_rows: int) -> Iterator[tuple[Any, int]]:
+def _read_csv(path: Path, rows: Rows, batch_rows: int) -> Iterator[tuple[Any, int]]:
     """Yield record batches with times parsed, each with the bytes read so far. One thread: it alone counts rows."""
-    source = _source(view)
-    types = _csv_types(path, view)
-    times = {name for name, type in _wanted(view) if type is Timestamp}
+    source = _source(rows)
+    types = _csv_types(path, rows)
+    times = {name for name, type in _wanted(rows) if type is Timestamp}
     row = 0
     try:
         with path.open("rb") as raw:
@@ -293,7 +293,7 @@ def _read_csv(path: Path, view: FeatureView, batch_rows: int) -> Iterator[tuple[
         if stream.quotes % 2:
             _check_quotes(path, source)
     except pa.ArrowInvalid as error:
-        raise _csv_error(path, view, str(error)) from None
+        raise _csv_error(path, rows, str(error)) from None
     except UNREADABLE as error:
         raise _unreadable(path, "CSV", error) from None
 
@@ -336,18 +336,18 @@ def _check_quotes(path: Path, source: Source) -> None:
         csv.field_size_limit(limit)
 
 
-def _csv_error(path: Path, view: FeatureView, message: str) -> SourceError:
+def _csv_error(path: Path, rows: Rows, message: str) -> SourceError:
     """Return the error for what Arrow says of a cell or a line; it counts rows from 1, the header included."""
     if match := CSV_CELL.match(message):
-        name = _csv_header(path, _source(view))[int(match[1])]
+        name = _csv_header(path, _source(rows))[int(match[1])]
         got = match[3].removeprefix("invalid value ")
         return SourceError(
-            f"{path}: column {name!r}, row {int(match[2]) - 2}: expected {dict(_wanted(view))[name]}, got {got}"
+            f"{path}: column {name!r}, row {int(match[2]) - 2}: expected {dict(_wanted(rows))[name]}, got {got}"
         )
     if match := CSV_ROW.match(message):
         return SourceError(f"{path}: row {int(match[1]) - 2}: {match[2]}")
     if "straddling" in message:  # more than a block
-        _check_quotes(path, _source(view))
+        _check_quotes(path, _source(rows))
         return SourceError(f"{path}: a row is longer than {CSV_BLOCK_BYTES >> 20} MiB")
     return SourceError(f"{path}: cannot be read as CSV: {message}")
 

@@ -39,7 +39,7 @@ def check(field: Field, values: list[Any] | Column, **options: Any) -> None:
     col = values if isinstance(values, Column) else column(field.type, values)
     columns = {"user": column(String, ["u"] * len(col)), field.name: col}
     times = np.full(len(col), NOW_US)
-    check_rows(FeatureView("v", USER, [field]), EventBatch(columns, times, times, times), **options)
+    check_rows(FeatureView("v", USER, [field]).rows, EventBatch(columns, times, times, times), **options)
 
 
 ALLOWED: list[tuple[Field, list[Any]]] = [
@@ -92,10 +92,10 @@ REFUSED: list[tuple[Field, list[Any], str]] = [
 @pytest.mark.parametrize(("field", "values", "message"), REFUSED, ids=[message[:40] for _, _, message in REFUSED])
 def test_rows_outside_of_the_constraints(field: Field, values: list[Any], message: str) -> None:
     """A value outside of its constraints is refused: the message and the violation name row, column and reason."""
-    with pytest.raises(InvalidRequest, match=f"view v@1: .*{message}") as caught:
+    with pytest.raises(InvalidRequest, match=f"v@1: .*{message}") as caught:
         check(field, values)
     (violation,) = caught.value.violations
-    assert str(caught.value) == f"view v@1: {violation.field}: {violation.description}"
+    assert str(caught.value) == f"v@1: {violation.field}: {violation.description}"
     assert len(str(caught.value)) < 250
 
 
@@ -112,7 +112,7 @@ def test_keys_are_checked() -> None:
     for keys, message in ((["u", None], r"rows\[1\].user: is null"), (["u", "x" * 5_000], "row 1 is 5,000 bytes long")):
         batch = EventBatch({"user": column(String, keys), "a": column(Int64, [1, 2])}, times, times, times)
         with pytest.raises(InvalidRequest, match=message):
-            check_rows(view, batch)
+            check_rows(view.rows, batch)
 
 
 def test_times_after_the_last_instant() -> None:
@@ -120,11 +120,11 @@ def test_times_after_the_last_instant() -> None:
     view = FeatureView("v", USER, [Field("a", Int64)])
     columns = {"user": column(String, ["u", "u"]), "a": column(Int64, [1, 2])}
     early, late = np.array([0, NOW_US]), np.array([0, NOW_US + 1])
-    check_rows(view, EventBatch(columns, early, early, early), NOW_US)
-    check_rows(view, EventBatch(columns, late, late, early))
+    check_rows(view.rows, EventBatch(columns, early, early, early), NOW_US)
+    check_rows(view.rows, EventBatch(columns, late, late, early))
     for name, event, known in (("event_time", late, early), ("known_at", early, late)):
         with pytest.raises(InvalidRequest, match=rf"rows\[1\].{name}: .*20.000001.* is later than .* accepted now"):
-            check_rows(view, EventBatch(columns, event, known, early), NOW_US)
+            check_rows(view.rows, EventBatch(columns, event, known, early), NOW_US)
 
 
 def test_many_violations_are_told_in_part() -> None:
@@ -133,7 +133,7 @@ def test_many_violations_are_told_in_part() -> None:
     columns = {f.name: column(Int64, [0, 1]) for f in fields} | {"user": column(String, ["u", "u"])}
     times = np.zeros(2, np.int64)
     with pytest.raises(InvalidRequest, match=r"rows\[1\].f0: .*rows\[1\].f2: [^;]*; and 27 more$") as caught:
-        check_rows(FeatureView("v", USER, fields), EventBatch(columns, times, times, times))
+        check_rows(FeatureView("v", USER, fields).rows, EventBatch(columns, times, times, times))
     assert [v.field for v in caught.value.violations] == [f"rows[1].f{i}" for i in range(16)]
 
 
@@ -184,7 +184,7 @@ def test_random_batches_equal_the_naive_checker(rng: np.random.Generator) -> Non
         expected = [p for f in view.features for p in naive_problems(f, cells_of(batch.columns[f.name]))]
         found: list[str] = []
         try:
-            check_rows(view, batch)
+            check_rows(view.rows, batch)
         except InvalidRequest as error:
             found = [violation.field for violation in error.violations]
         assert found == expected

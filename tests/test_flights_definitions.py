@@ -56,7 +56,7 @@ def raw() -> pd.DataFrame:
 
 
 def load(view: FeatureView, root: Path) -> Iterator[EventBatch]:
-    return read_batches(view, root)
+    return read_batches(view.rows, root)
 
 
 def find(flights: pd.DataFrame, carrier: str, number: int, origin: str, day: str) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def test_nothing_is_known_before_it_happened(root: Path) -> None:
     for view in VIEWS:
         for batch in load(view, root):
             assert (batch.known_at_us >= batch.event_time_us).all()
-            check_rows(view, batch)
+            check_rows(view.rows, batch)
     for view, happened in zip(VIEWS[2:], ("departed_at", "arrived_at"), strict=True):
         for batch in load(view, root):
             assert view.feature(happened).type is Timestamp

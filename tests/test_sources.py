@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from featserve.batch import EventBatch
-from featserve.definitions import CsvSource, Entity, FeatureView, Field, ParquetSource, Source
+from featserve.definitions import CsvSource, Entity, FeatureView, Field, ParquetSource, Rows, Source
 from featserve.errors import SourceError
 from featserve.sources import read_batches, source_files, source_rows
 from featserve.types import (
@@ -40,11 +40,9 @@ from featserve.types import (
 START = datetime(2024, 2, 29, 12, tzinfo=UTC)
 
 
-def view(
-    source: Source | None, features: dict[str, Type] | None = None, keys: dict[str, Type] | None = None
-) -> FeatureView:
+def view(source: Source | None, features: dict[str, Type] | None = None, keys: dict[str, Type] | None = None) -> Rows:
     fields = [Field(name, type) for name, type in (features or {"a": Float64}).items()]
-    return FeatureView("v", Entity("thing", keys or {"id": Int64}), fields, source=source)
+    return FeatureView("v", Entity("thing", keys or {"id": Int64}), fields, source=source).rows
 
 
 def parquet(path: Path, columns: dict[str, Any], **options: Any) -> None:
@@ -68,7 +66,7 @@ def rows(batches: Iterable[EventBatch]) -> list[dict[str, Any]]:
     return found
 
 
-def refused(wanted: FeatureView, root: Path) -> str:
+def refused(wanted: Rows, root: Path) -> str:
     with pytest.raises(SourceError) as caught:
         list(read_batches(wanted, root))
     return str(caught.value)

@@ -9,7 +9,7 @@ from featserve.definitions.expression import Expression, col, evaluate, sql, typ
 from featserve.definitions.field import Field
 from featserve.definitions.rules import Json, content_hash, micros
 from featserve.definitions.service import FeatureService
-from featserve.definitions.source import CsvSource, ParquetSource, Source
+from featserve.definitions.source import CsvSource, ParquetSource, Rows, Source
 from featserve.definitions.transform import (
     OnDemandTransform,
     Outputs,
@@ -38,6 +38,7 @@ __all__ = [
     "RequestColumn",
     "RequestTime",
     "Rolling",
+    "Rows",
     "Selection",
     "Source",
     "Window",

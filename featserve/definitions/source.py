@@ -8,8 +8,10 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Literal
 
+from featserve.definitions.field import Field
 from featserve.definitions.rules import Json, micros
 from featserve.errors import DefinitionError
+from featserve.types import Type
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,26 @@ class Source:
     def from_dict(cls, d: Json) -> Source:
         rest = {k: v for k, v in d.items() if k != "delay_us"}
         return cls(**rest, delay=timedelta(microseconds=d["delay_us"]))
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows as a file or a push brings them: those of a feature view, or events.
+
+    ``id``: whose they are. ``keys``: the columns that have a value in every row, with their types. ``features``: the
+    other columns. ``source``: their files; None for rows that are only pushed.
+    """
+
+    id: str
+    keys: Mapping[str, Type]
+    features: tuple[Field, ...]
+    source: Source | None
+
+    def only(self, names: Collection[str]) -> Rows:
+        """Return the rows with none of their features but those of ``names``, in the order that they had."""
+        features = tuple(f for f in self.features if f.name in names)
+        source = self.source and self.source.only({*self.keys, *(f.name for f in features)})
+        return replace(self, features=features, source=source)
 
 
 def ParquetSource(  # noqa: N802 - reads as a type where it is used

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from datetime import timedelta
 
 from featserve.definitions.field import Field
@@ -17,7 +17,7 @@ from featserve.definitions.rules import (
     micros,
     unique,
 )
-from featserve.definitions.source import Source
+from featserve.definitions.source import Rows, Source
 from featserve.definitions.window import Aggregate, EventSource
 from featserve.errors import DefinitionError, hint
 from featserve.types import Type, parse_type
@@ -177,17 +177,12 @@ class FeatureView:
         return f"{self.name}@{self.version}"
 
     @property
-    def rows(self) -> FeatureView:
-        """The view whose rows a batch file or a push brings: this one, or of its events what its aggregates take."""
+    def rows(self) -> Rows:
+        """What a batch file or a write brings: rows of the view's own, or of its events what its aggregates take."""
         if self.events is None:
-            return self
-        wanted = {
-            self.events.event_id,
-            *(name for a in self.aggregates for name in a.columns),
-        } - self.entity.keys.keys()
-        columns = [f for f in self.events.fields if f.name in wanted]
-        source = self.source and self.source.only({*self.entity.keys, *(f.name for f in columns)})
-        return FeatureView(self.name, self.entity, columns, source=source, version=self.version)
+            return Rows(self.id, self.entity.keys, tuple(self.features), self.source)
+        taken = {*self.entity.keys, self.events.event_id, *(name for a in self.aggregates for name in a.columns)}
+        return replace(self.events.rows.only({name for name in taken if name is not None}), id=self.id)
 
     @property
     def ttl_us(self) -> int | None:

@@ -8,7 +8,7 @@ where a window starts, ``aggregates.py`` how an aggregate is computed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Literal
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
@@ -26,7 +26,7 @@ from featserve.definitions.rules import (
     micros,
     unique,
 )
-from featserve.definitions.source import Source
+from featserve.definitions.source import Rows, Source
 from featserve.errors import DefinitionError, hint
 from featserve.types import Bool, Type
 
@@ -288,6 +288,12 @@ class EventSource:
     @property
     def id(self) -> str:
         return f"{self.name}@{self.version}"
+
+    @property
+    def rows(self) -> Rows:
+        """What a batch file or a push brings. No column is a key: an event may be of none of an entity."""
+        fields = (replace(f, not_null=True) if f.name == self.event_id else f for f in self.fields)
+        return Rows(self.id, {}, tuple(fields), self.source)
 
     def to_dict(self) -> Json:
         return self.meaning() | {

@@ -1,6 +1,6 @@
-"""What the footers of Parquet files prove of a view's source, so that nobody has to read the rows to know it.
+"""What the footers of Parquet files prove of their rows, so that nobody has to read them to know it.
 
-Comes in: a view and the files of its source, whose columns and types were checked. Goes out: a ``Proof``. Only what a
+Comes in: some rows and their files, whose columns and types were checked. Goes out: a ``Proof``. Only what a
 file's schema and the statistics of its row groups show counts as proven. Knows no engine.
 """
 
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from featserve.arrow import arrow_type
-from featserve.definitions import FeatureView, Field
+from featserve.definitions import Field, Rows
 from featserve.definitions.rules import micros
 from featserve.types import Bool, Bytes, Float32, Float64, Int32, Int64, String, Timestamp, Type, column
 
@@ -46,15 +46,15 @@ class Proof:
     sound: frozenset[str] = frozenset()
 
 
-def prove(view: FeatureView, files: Iterable[Path]) -> Proof:
-    """Return what is proven of ``files``, one or more Parquet files, which have the columns that ``view`` needs."""
-    source = view.source
+def prove(rows: Rows, files: Iterable[Path]) -> Proof:
+    """Return what is proven of ``files``, one or more Parquet files, which have the columns of ``rows``."""
+    source = rows.source
     assert source is not None
     footers = []
     for path in files:
         with pq.ParquetFile(path) as file:
             footers.append(_Footer(path, file.metadata, file.schema_arrow))
-    keys = [(source.column(name), type, 0) for name, type in view.entity.keys.items()]
+    keys = [(source.column(name), type, 0) for name, type in rows.keys.items()]
     times = [(source.event_time, Timestamp, micros("delay", source.delay, zero=True))]
     if source.known_at is not None:
         times.append((source.known_at, Timestamp, 0))
@@ -70,10 +70,10 @@ def prove(view: FeatureView, files: Iterable[Path]) -> Proof:
         ),
         same_values=frozenset(
             f.name
-            for f in view.features
+            for f in rows.features
             if one_type(source.column(f.name)) and all(g.is_exact(source.column(f.name), f.type) for g in footers)
         ),
-        sound=frozenset(f.name for f in view.features if all(g.keeps(source.column(f.name), f) for g in footers)),
+        sound=frozenset(f.name for f in rows.features if all(g.keeps(source.column(f.name), f) for g in footers)),
     )
 
 

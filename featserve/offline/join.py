@@ -74,7 +74,7 @@ def join(
         scans = []
         for view, names in chosen.values():
             steps.begin(f"{view.id}: source")
-            scans.append(open_scan(view, names, root, folder))
+            scans.append(open_scan(view.rows, names, root, folder))
         found = engine.find(_labels(keys, time_us), scans, folder, steps.begin)
         for (view, _), scan in zip(chosen.values(), scans, strict=True):
             yield _joined(view, scan.features, next(found), time_us)

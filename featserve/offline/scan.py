@@ -1,6 +1,6 @@
 """What an offline engine reads: Parquet files in which every value is exactly as declared, and keeps its constraints.
 
-Comes in: a feature view and some of its features. Goes out: a ``Scan``. The source's own Parquet files are scanned
+Comes in: the rows of a view and some of their features. Goes out: a ``Scan``. The source's own Parquet files are scanned
 where their footers prove that any Parquet reader takes the same rows from them as ``featserve.sources``, the reader
 that defines what a source means. All else, CSV and whatever only the values could tell, is read by it once, into a
 temporary file. A source that ``materialize`` refuses is refused here in the same words, whichever features are wanted:
@@ -10,7 +10,7 @@ what the footers do not prove sound is read and checked. Knows no engine.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from featserve.arrow import arrow_type, column_to_arrow
 from featserve.batch import EventBatch
 from featserve.checks import checked_batches
-from featserve.definitions import FeatureView
+from featserve.definitions import Rows
 from featserve.errors import SourceError
 from featserve.offline.footers import Proof, prove
 from featserve.sources import read_batches, source_files
@@ -56,37 +56,38 @@ class Scan:
         return {**self.keys, **self.features}
 
 
-def open_scan(view: FeatureView, names: Iterable[str], root: Path, folder: Path) -> Scan:
-    """Return the scan of the features ``names`` of ``view``.
+def open_scan(rows: Rows, names: Iterable[str], root: Path, folder: Path) -> Scan:
+    """Return the scan of the features ``names`` of ``rows``.
 
     ``root``: the folder that the path of the source is relative to. ``folder``: where to put a temporary file. Raises
-    the SourceError that loading the view would: it names the file or source, the column and the row.
+    the SourceError that loading them would: it names the file or source, the column and the row.
     """
-    read_batches(view, root)  # checks each file's columns and types, even if no batch is taken
-    chosen, source = tuple(names), view.source
+    read_batches(rows, root)  # checks each file's columns and types, even if no batch is taken
+    chosen, source = tuple(dict.fromkeys(names)), rows.source
     assert source is not None
-    wanted = _narrowed(view, chosen)
-    types = {**view.entity.keys, **{f.name: f.type for f in wanted.features}}
+    by_name = {f.name: f.type for f in rows.features}
+    features = {name: by_name[name] for name in chosen}
+    types = {**rows.keys, **features}
     scan = Scan(
-        view=view.id,
-        source=f"source of {view.id}: {root / source.path}",
-        files=tuple(source_files(view, root)),
-        keys=view.entity.keys,
-        features={f.name: f.type for f in wanted.features},
+        view=rows.id,
+        source=f"source of {rows.id}: {root / source.path}",
+        files=tuple(source_files(rows, root)),
+        keys=rows.keys,
+        features=features,
         columns={name: source.column(name) for name in types},
         event_time=source.event_time,
         known_at=source.known_at,
         delay_us=source.to_dict()["delay_us"],
         int64_times=False,
     )
-    proof = prove(view, scan.files) if source.format == "parquet" else Proof()
-    doubtful = [f.name for f in view.features if f.name not in proof.sound]
+    proof = prove(rows, scan.files) if source.format == "parquet" else Proof()
+    doubtful = [f.name for f in rows.features if f.name not in proof.sound]
     if proof.same_rows and proof.same_values.issuperset(chosen):
         if doubtful:
-            deque(_checked(view, doubtful, root), maxlen=0)
+            deque(_checked(rows, doubtful, root), maxlen=0)
         return scan
-    file = folder / f"{view.name}.parquet"
-    _write(_checked(view, [*chosen, *doubtful], root), scan, file)
+    file = folder / f"{rows.id}.parquet"
+    _write(_checked(rows, [*chosen, *doubtful], root), scan, file)
     return replace(
         scan,
         files=(file,),
@@ -98,23 +99,13 @@ def open_scan(view: FeatureView, names: Iterable[str], root: Path, folder: Path)
     )
 
 
-def _checked(view: FeatureView, names: Iterable[str], root: Path) -> Iterator[EventBatch]:
+def _checked(rows: Rows, names: Collection[str], root: Path) -> Iterator[EventBatch]:
     """Yield the source's batches with the features ``names``, beside which no other has anything to refuse."""
     try:
-        yield from checked_batches(_narrowed(view, names), root)
+        yield from checked_batches(rows.only(names), root)
     except SourceError:
-        deque(checked_batches(view, root), maxlen=0)  # says all that is wrong with a row, as a load does
+        deque(checked_batches(rows, root), maxlen=0)  # says all that is wrong with a row, as a load does
         raise
-
-
-def _narrowed(view: FeatureView, names: Iterable[str]) -> FeatureView:
-    """Return the view with only the features ``names``, so that nothing else of its files is read."""
-    features = tuple(view.feature(name) for name in dict.fromkeys(names))
-    source = view.source
-    if source is not None:
-        kept = {*view.entity.keys, *(f.name for f in features)}
-        source = source.only(kept)
-    return replace(view, features=features, source=source)
 
 
 def _write(batches: Iterable[EventBatch], scan: Scan, file: Path) -> None:

@@ -33,7 +33,7 @@ def write(folder: Path, name: str = "rows.parquet", **columns: Any) -> None:
 def scan(view: FeatureView, folder: Path) -> Scan:
     temporary = folder / "temporary"
     temporary.mkdir()
-    return open_scan(view, ["x"], folder, temporary)
+    return open_scan(view.rows, ["x"], folder, temporary)
 
 
 @pytest.mark.parametrize(

@@ -76,16 +76,16 @@ def test_rows_are_read_only_where_footers_prove_nothing(
     view = one_view(tmp_path, field, values)
     overwrite_pages(tmp_path / "rows.parquet")
     if proven:
-        assert open_scan(view, ["free"], tmp_path, tmp_path).files == (tmp_path / "rows.parquet",)
+        assert open_scan(view.rows, ["free"], tmp_path, tmp_path).files == (tmp_path / "rows.parquet",)
         return
     with pytest.raises(SourceError, match=r"rows\.parquet: cannot be read as Parquet"):
-        open_scan(view, ["free"], tmp_path, tmp_path)
+        open_scan(view.rows, ["free"], tmp_path, tmp_path)
 
 
 def test_a_constraint_that_is_kept_is_no_reason_to_copy(tmp_path: Path) -> None:
     """Files whose constraints had to be looked up, and are kept, are scanned as they are."""
     view = one_view(tmp_path, Field("x", String, allowed=["a"]), pa.array(["a", None]))
-    assert open_scan(view, ["x"], tmp_path, tmp_path).files == (tmp_path / "rows.parquet",)
+    assert open_scan(view.rows, ["x"], tmp_path, tmp_path).files == (tmp_path / "rows.parquet",)
 
 
 def refusal_of_load(view: FeatureView, root: Path) -> str | None:
@@ -98,7 +98,7 @@ def refusal_of_load(view: FeatureView, root: Path) -> str | None:
 
 def refusal_of_scan(view: FeatureView, names: list[str], root: Path, folder: Path) -> str | None:
     try:
-        open_scan(view, names, root, folder)
+        open_scan(view.rows, names, root, folder)
     except SourceError as error:
         return str(error)
     return None
@@ -164,7 +164,7 @@ def test_a_frame_of_rows_that_break_a_constraint(engine: OfflineEngine, tmp_path
     labels = {"user_id": [1], "when": pa.array([NOON], pa.timestamp("us"))}
     with pytest.raises(SourceError) as refused:
         training_frame(engine, FeatureService("s", [view["y"]]), labels, "when", root=tmp_path)
-    assert str(refused.value) == f"rows.{format}: view v@1: rows[69999].x: -1.0 is less than the min 0.0"
+    assert str(refused.value) == f"rows.{format}: v@1: rows[69999].x: -1.0 is less than the min 0.0"
     assert str(refused.value) == refusal_of_load(view, tmp_path)
 
 
