@@ -308,6 +308,56 @@ def test_a_bad_source_keeps_no_other_from_loading(own: Path) -> None:
     assert "area.parquet: cannot be read as Parquet" in result.stderr
 
 
+VERSIONS = """
+from featserve import Entity, FeatureService, FeatureView, Field, Int64, ParquetSource
+
+user = Entity("user", {"user_id": Int64})
+
+
+def view(name, version):
+    source = ParquetSource(f"{name}{version}.parquet", event_time="at")
+    return FeatureView(name, user, [Field("n", Int64)], source=source, version=version)
+
+
+unread1, a1, b1, b2, c1, old = view("unread", 1), view("a", 1), view("b", 1), view("b", 2), view("c", 1), view("old", 1)
+first1 = FeatureService("first", [a1, b1, old])
+second1 = FeatureService("second", [b1])
+"""
+NEXT_VERSIONS = """
+unread2, a2, c2 = view("unread", 2), view("a", 2), view("c", 2)
+first2 = FeatureService("first", [a2, b2, c1], version=2)
+"""
+
+
+def loads(folder: Path, code: int = 0) -> tuple[list[str], str]:
+    """Return the views that were loaded, and what was told beside."""
+    result = run("materialize", "-C", folder, code=code)
+    return [line.split()[0] for line in result.stdout.splitlines() if "@" in line], result.stderr
+
+
+def test_which_versions_are_loaded(tmp_path: Path) -> None:
+    """Of each view the latest version is loaded, and what services read; what is over may lose its files."""
+    at = pa.array([NOW], pa.timestamp("us", "UTC"))
+    for name in ("unread1", "unread2", "a1", "a2", "b1", "b2", "c1", "c2", "old1"):
+        pq.write_table(pa.table({"user_id": [1], "at": at, "n": [1]}), tmp_path / f"{name}.parquet")
+    declare(tmp_path, VERSIONS)
+    run("apply", "-C", tmp_path)
+    declare(tmp_path, VERSIONS + NEXT_VERSIONS)
+    run("apply", "-C", tmp_path)
+    assert loads(tmp_path) == (["a@1", "a@2", "b@1", "b@2", "c@1", "c@2", "old@1", "unread@2"], "")
+    (tmp_path / "unread1.parquet").unlink()
+    (tmp_path / "a1.parquet").unlink()
+    loaded, told = loads(tmp_path)
+    assert loaded == ["a@2", "b@1", "b@2", "c@1", "c@2", "old@1", "unread@2"]
+    assert told == "Left out: a@1; its files are gone, and only services with a later version read it.\n"
+    for name in ("b1", "c1", "old1", "unread2"):
+        (tmp_path / f"{name}.parquet").unlink()
+    loaded, told = loads(tmp_path, code=1)
+    assert loaded == ["a@2", "b@2", "c@2"]
+    assert all(f"source of {name}: no file matches" in told for name in ("b@1", "c@1", "old@1", "unread@2"))
+    assert "source of a@1: no file" in run("materialize", "a@1", "-C", tmp_path, code=1).stderr
+
+
 def test_loading_again_changes_no_answer(own: Path) -> None:
     """A second load of the same files gives the same answers, to the last field."""
     words = (*FRAUD, "--as-of", NOW.isoformat(), "-C", own)

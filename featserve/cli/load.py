@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from types import FrameType
 
 import numpy as np
@@ -28,6 +29,7 @@ from featserve.embedded import Embedded, clock_us, instant_us
 from featserve.errors import CallerError, FeatserveError, SourceError
 from featserve.materialize import Loaded, visible_batches
 from featserve.registry import Load, Registry
+from featserve.sources import source_files
 from featserve.types import from_us
 from featserve.wire import encode_rows
 
@@ -64,19 +66,38 @@ def materialize(config: Config, names: tuple[str, ...], as_of: datetime | None, 
             registry = stack.enter_context(Registry.open(config.registry.url, create=False))
             snapshot = registry.snapshot()
             load_view = _sends(config, registry, stack.enter_context(connect(target)), as_of_us)
-        return _load_all(chosen(snapshot, names), load_view, remote=target is not None)
+        views, gone = chosen(snapshot, names, config.folder)
+        for view in gone:
+            note("Left out:", f"{view.id}; its files are gone, and only services with a later version read it.")
+        return _load_all(views, load_view, remote=target is not None)
 
 
-def chosen(snapshot: Snapshot, names: tuple[str, ...]) -> list[FeatureView]:
-    """Return the views that ``names`` mean; without any, all versions of all views that have a source."""
+def chosen(snapshot: Snapshot, names: tuple[str, ...], root: Path) -> tuple[list[FeatureView], list[FeatureView]]:
+    """Return the views that ``names`` mean, and those that are left out because they are over.
+
+    Without names: of each view the latest version, and the others that services read. One that only services with a
+    later version read is left out where its files are gone.
+    """
     if not snapshot.views:
         raise CallerError("nothing is applied yet: run `featserve apply` first")
     if names:
-        return list({view.id: view for view in map(snapshot.view, names)}.values())
+        return list({view.id: view for view in map(snapshot.view, names)}.values()), []
     views = [view for view in snapshot.views.values() if view.source is not None]
     if not views:
         raise CallerError("no feature view has a source to load; their rows are only written online")
-    return views
+    services = snapshot.services.values()
+    current = {snapshot.view(view.name).id for view in views}
+    current.update(v.id for s in services if s.id == snapshot.service(s.name).id for v in s.views)
+    wanted = current | {view.id for service in services for view in service.views}
+    gone = [view for view in views if view.id in wanted - current and not _has_files(view, root)]
+    return [view for view in views if view.id in wanted and view not in gone], gone
+
+
+def _has_files(view: FeatureView, root: Path) -> bool:
+    try:
+        return bool(source_files(view, root))
+    except SourceError:
+        return False
 
 
 def _loads_here(project: Embedded, as_of_us: int) -> LoadView:

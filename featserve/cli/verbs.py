@@ -224,8 +224,10 @@ def user() -> str:
 def materialize(ctx: click.Context, views: tuple[str, ...], folder: Path, as_of: datetime | None, target: str) -> None:
     """Load views from their sources into the store.
 
-    VIEW is name (its highest version) or name@version; without any, every version that has a source. Only one process
-    may have the store open for writing: while a server runs, send it the rows with --to.
+    VIEW is name (its highest version) or name@version. Without any, all views that have a source: the highest version
+    of each, and older ones that a service still reads; of these, one that only services with a later version read is
+    left out when its files are gone. Only one process may have the store open for writing: while a server runs, send it
+    the rows with --to.
 
     Safe to run again, and beside writes: a row never replaces a newer one. Safe to interrupt: a view becomes visible as
     a whole or not at all (with --to, in batches of rows). A view whose source is at fault is told, and the others are
