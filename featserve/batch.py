@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
 
@@ -99,10 +99,14 @@ class EventBatch:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What a write did: ``rows`` were taken, ``stored`` of them are now the newest of their entity."""
+    """What a write did: ``rows`` were taken, ``stored`` of them are now the newest of their entity.
+
+    ``token``: names the write to whoever asks for features that are at least as new (``at_least``).
+    """
 
     rows: int
     stored: int
+    token: str = field(default="", compare=False)
 
 
 def check_request_columns(

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
+from itertools import cycle
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -20,7 +21,7 @@ from featserve import errors
 from featserve._proto import errors_pb2
 from featserve._proto import serving_pb2 as pb
 from featserve.batch import Written
-from featserve.errors import FeatserveError, InvalidRequest, Violation
+from featserve.errors import FeatserveError, InvalidRequest, Violation, invalid
 from featserve.frames import Frame, request_of, rows_of
 from featserve.matrix import FeatureMatrix
 from featserve.schema import ServiceSchema, ServiceSummary
@@ -71,25 +72,38 @@ OPTIONS = (
 )
 
 
-def connect(target: str, *, timeout: float = 5.0, credentials: grpc.ChannelCredentials | None = None) -> Client:
+def connect(
+    target: str, *, timeout: float = 5.0, connections: int = 1, credentials: grpc.ChannelCredentials | None = None
+) -> Client:
     """Return a client of the server at ``target`` ("host:port"); it connects when first used.
 
-    ``timeout``: the seconds that a call may take, retries included, unless the call says otherwise.
+    ``timeout``: the seconds that a call may take, retries included, unless the call says otherwise. ``connections``:
+    calls go over so many in turn; a server of several workers spreads them by connection.
     """
-    return Client(target, timeout=timeout, credentials=credentials)
+    return Client(target, timeout=timeout, connections=connections, credentials=credentials)
 
 
 class Client:
     """A client of one server. Safe to use from several threads. Use it as a context manager, or ``close`` it."""
 
-    def __init__(self, target: str, *, timeout: float, credentials: grpc.ChannelCredentials | None) -> None:
+    def __init__(
+        self, target: str, *, timeout: float, connections: int, credentials: grpc.ChannelCredentials | None
+    ) -> None:
+        if connections < 1:
+            raise invalid("connections", f"{connections} is less than 1")
         self._target, self._timeout = target, timeout
-        self._channel = (
-            grpc.insecure_channel(target, OPTIONS)
+        # gRPC shares the connection of channels that are alike, unless each has its own pool.
+        options = OPTIONS if connections == 1 else (*OPTIONS, ("grpc.use_local_subchannel_pool", 1))
+        self._channels = [
+            grpc.insecure_channel(target, options)
             if credentials is None
-            else grpc.secure_channel(target, credentials, OPTIONS)
-        )
-        self._get = self._unary("GetFeatures", pb.GetFeaturesRequest, pb.GetFeaturesResponse)
+            else grpc.secure_channel(target, credentials, options)
+            for _ in range(connections)
+        ]
+        self._next_channel = cycle(self._channels).__next__
+        self._next_get = cycle(
+            self._unary("GetFeatures", pb.GetFeaturesRequest, pb.GetFeaturesResponse) for _ in self._channels
+        ).__next__
         self._schemas: dict[str, ServiceSchema] = {}
         self._views: dict[str, dict[str, Type]] = {}
 
@@ -101,6 +115,7 @@ class Client:
         request: Frame | None = None,
         as_of: datetime | None = None,
         event_times: bool = False,
+        at_least: str = "",
         stages: Stages | None = None,
         timeout: float | None = None,
     ) -> FeatureMatrix:
@@ -109,8 +124,9 @@ class Client:
         ``service``: ``name``, ``name@version`` or ``name#hash``. ``keys``: its key columns as a mapping of lists or
         NumPy arrays, or a frame (pandas, polars, pyarrow) that has them. ``request``: likewise the columns that its
         transforms need from the request; a frame of keys may hold them, too. ``as_of``: an instant not after the
-        server's clock; now by default. ``stages``: gets the stages that the server went through. ``timeout``:
-        seconds. Raises an error of ``featserve.errors``.
+        server's clock; now by default. ``at_least``: the token of a write (``Written.token``), which the answer then
+        holds, whichever worker gives it; one that lags waits for it until the deadline. ``stages``: gets the stages
+        that the server went through. ``timeout``: seconds. Raises an error of ``featserve.errors``.
         """
         deadline = self._deadline(timeout)
         schema = self._schemas.get(service)
@@ -120,8 +136,8 @@ class Client:
                 schema = self._describe(service, deadline)
             try:
                 message = self._request(service, schema, keys, request, as_of, event_times)
-                message.include_stages = stages is not None
-                answer = self._call(self._get, message, deadline)
+                message.include_stages, message.at_least = stages is not None, at_least
+                answer = self._call(self._next_get(), message, deadline)
             except InvalidRequest:
                 if fresh or self._describe(service, deadline).id == schema.id:
                     raise
@@ -193,7 +209,7 @@ class Client:
                     raise
                 columns, fresh = self._views[view], True  # the name now means another version
             else:
-                return Written(answer.rows, answer.stored)
+                return Written(answer.rows, answer.stored, answer.token)
 
     def write_stream(
         self,
@@ -218,7 +234,7 @@ class Client:
 
         What their iterator raises ends the stream and is raised here; the messages before it stay written.
         """
-        method = self._channel.stream_unary(
+        method = self._next_channel().stream_unary(
             f"{FULL_METHOD}StreamRows", pb.StreamRowsRequest.SerializeToString, pb.StreamRowsResponse.FromString
         )
         failed: list[Exception] = []
@@ -228,7 +244,7 @@ class Client:
             raise translated(error, self._target) from None
         if failed:
             raise failed[0]
-        return Written(answer.rows, answer.stored)
+        return Written(answer.rows, answer.stored, answer.token)
 
     def _columns(self, view: str, deadline: float) -> dict[str, Type]:
         """Return the columns that a row of a view has, as the server has them now."""
@@ -242,7 +258,7 @@ class Client:
         return time.monotonic() + (self._timeout if timeout is None else timeout)
 
     def _unary(self, name: str, request: Any, answer: type[Answer]) -> Callable[..., Answer]:
-        method: Callable[..., Answer] = self._channel.unary_unary(
+        method: Callable[..., Answer] = self._next_channel().unary_unary(
             FULL_METHOD + name,
             request.SerializeToString,
             answer.FromString,  # type: ignore[attr-defined]
@@ -256,8 +272,9 @@ class Client:
             raise translated(error, self._target) from None
 
     def close(self) -> None:
-        """Close the connection."""
-        self._channel.close()
+        """Close the connections."""
+        for channel in self._channels:
+            channel.close()
 
     def __enter__(self) -> Self:
         return self

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,13 @@ import numpy as np
 from featserve.batch import Arrival, EntityKeys, EventBatch, Written
 from featserve.checks import check_rows
 from featserve.codec import Rows, check_key_sizes, encode_keys
+from featserve.errors import invalid
 from featserve.matrix import FeatureMatrix, Status
 from featserve.plan import Plans, ReadPlan, ViewRead, WritePlan
 from featserve.schema import ServiceSchema
 from featserve.stages import Stages
 from featserve.store import OnlineStore
+from featserve.store.follow import Behind, Follower, sequence_of, token_of
 from featserve.transform import REQUEST_TIME, Slots, request_slot, run
 from featserve.types import NEVER_US, Array, Column, Mask, Timestamp
 
@@ -217,9 +219,11 @@ class Engine:
     ``plans`` is replaced as a whole when a new snapshot is taken: a request that began with the old one ends with it.
     """
 
-    def __init__(self, store: OnlineStore, plans: Plans) -> None:
+    def __init__(self, store: OnlineStore, plans: Plans, follower: Follower | None = None) -> None:
+        """``follower``: lets the store catch up, where another process writes it."""
         self.store = store
         self.plans = plans
+        self.follower = follower
         self._sequence = 0
         self._lock = threading.Lock()
 
@@ -247,7 +251,19 @@ class Engine:
             first = self._arrive(len(event_time_us), now_us)
             sequence = np.arange(first, first + len(event_time_us), dtype=np.int64)
         batch = EventBatch(arrival.columns, event_time_us, known_at_us, sequence)
-        return write(self.store, plan, batch, now_us + max_future_skew_us)
+        written = write(self.store, plan, batch, now_us + max_future_skew_us)
+        return replace(written, token=token_of(self.store))
+
+    def require(self, token: str, seconds: float) -> None:
+        """Return where the store holds the write that ``token`` names, else raise Behind, which waits for it.
+
+        ``seconds``: how long it waits at most. Raises InvalidRequest for what is no token of this store.
+        """
+        sequence, held = sequence_of(token, self.store), self.store.sequence()
+        if held < sequence:
+            if self.follower is None:
+                raise invalid("at_least", f"write {sequence:,} is not in the store here, which holds {held:,}")
+            raise Behind(self.follower.reached(sequence, seconds))
 
     def _arrive(self, rows: int, now_us: int) -> int:
         """Return the sequence number of the first of ``rows`` arriving now: microseconds, but never the same twice."""

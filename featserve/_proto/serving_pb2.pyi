@@ -146,6 +146,7 @@ class GetFeaturesRequest(_message.Message):
     INCLUDE_SCHEMA_FIELD_NUMBER: _builtins.int
     REQUEST_COLUMNS_FIELD_NUMBER: _builtins.int
     INCLUDE_STAGES_FIELD_NUMBER: _builtins.int
+    AT_LEAST_FIELD_NUMBER: _builtins.int
     service: _builtins.str
     """"fraud" (the version that is promoted), "fraud@2" (that version) or "fraud#<hash>" (exactly that schema)."""
     as_of_us: _builtins.int
@@ -157,6 +158,10 @@ class GetFeaturesRequest(_message.Message):
     """Put the schema in the answer."""
     include_stages: _builtins.bool
     """Say in the answer what its time was spent on."""
+    at_least: _builtins.str
+    """The token of a write's answer: features are served once that write is among them, and not from before. A server
+    that has not got it by the deadline says DEADLINE_EXCEEDED.
+    """
     @_builtins.property
     def keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___Column]:
         """The service's key columns, in any order, of the same length: one value for each row of the answer."""
@@ -175,10 +180,11 @@ class GetFeaturesRequest(_message.Message):
         include_schema: _builtins.bool = ...,
         request_columns: _abc.Iterable[Global___Column] | None = ...,
         include_stages: _builtins.bool = ...,
+        at_least: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_as_of_us", b"_as_of_us", "as_of_us", b"as_of_us"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_as_of_us", b"_as_of_us", "as_of_us", b"as_of_us", "include_event_times", b"include_event_times", "include_schema", b"include_schema", "include_stages", b"include_stages", "keys", b"keys", "request_columns", b"request_columns", "service", b"service"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_as_of_us", b"_as_of_us", "as_of_us", b"as_of_us", "at_least", b"at_least", "include_event_times", b"include_event_times", "include_schema", b"include_schema", "include_stages", b"include_stages", "keys", b"keys", "request_columns", b"request_columns", "service", b"service"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__as_of_us: _TypeAlias = _typing.Literal["as_of_us"]  # noqa: Y015
     _WhichOneofArgType__as_of_us: _TypeAlias = _typing.Literal["_as_of_us", b"_as_of_us"]  # noqa: Y015
@@ -797,18 +803,22 @@ class WriteRowsResponse(_message.Message):
 
     ROWS_FIELD_NUMBER: _builtins.int
     STORED_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
     rows: _builtins.int
     stored: _builtins.int
     """Rows that are now the newest of their entity; the others came late and changed nothing."""
+    token: _builtins.str
+    """Names this write and all before it (GetFeaturesRequest.at_least)."""
     def __init__(
         self,
         *,
         rows: _builtins.int = ...,
         stored: _builtins.int = ...,
+        token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["rows", b"rows", "stored", b"stored"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rows", b"rows", "stored", b"stored", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -841,19 +851,23 @@ class StreamRowsResponse(_message.Message):
     MESSAGES_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
     STORED_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
     messages: _builtins.int
     rows: _builtins.int
     stored: _builtins.int
+    token: _builtins.str
+    """As in WriteRowsResponse, of the last message."""
     def __init__(
         self,
         *,
         messages: _builtins.int = ...,
         rows: _builtins.int = ...,
         stored: _builtins.int = ...,
+        token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "rows", b"rows", "stored", b"stored"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "rows", b"rows", "stored", b"stored", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

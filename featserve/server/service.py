@@ -1,11 +1,13 @@
 """The service: request bytes, metadata and a deadline in; answer bytes out, or an error of the tree.
 
 Knows no transport. Each transport calls ``METHODS[name]`` and turns errors into statuses with ``status``. Reads are run
-where they arrive; writes are run one at a time, in the transport's writer thread.
+where they arrive; writes are run one at a time, in the transport's writer thread. A read that raises ``Behind`` is run
+again once that is ``caught_up``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -82,20 +84,21 @@ class Service:
     def get_features(self, data: bytes, call: Call) -> bytes:
         """Answer a GetFeaturesRequest."""
         begin(call)
-        return self._features(parse(pb.GetFeaturesRequest, data), call.record).SerializeToString()
+        return self._features(parse(pb.GetFeaturesRequest, data), call).SerializeToString()
 
     def stream_features(self, data: bytes, call: Call) -> bytes:
         """Answer one message of a StreamFeatures call; an error is an answer, too."""
         try:
             begin(call)
-            answer = self._features(parse(pb.StreamFeaturesRequest, data).request, call.record)
+            answer = self._features(parse(pb.StreamFeaturesRequest, data).request, call)
         except FeatserveError as error:
             if call.record is not None:
                 call.record.error = error
             return pb.StreamFeaturesResponse(error=encode_error(error)).SerializeToString()
         return pb.StreamFeaturesResponse(response=answer).SerializeToString()
 
-    def _features(self, request: pb.GetFeaturesRequest, record: Record | None) -> pb.GetFeaturesResponse:
+    def _features(self, request: pb.GetFeaturesRequest, call: Call) -> pb.GetFeaturesResponse:
+        record = call.record
         stages = None if record is None else record.stages
         if request.include_stages and stages is None:
             stages = Stages()
@@ -111,6 +114,8 @@ class Service:
             if request.as_of_us > now_us:
                 raise invalid("as_of_us", f"{request.as_of_us} is after the server's clock, {now_us}")
             now_us = request.as_of_us
+        if request.at_least:
+            self.engine.require(request.at_least, math.inf if call.remaining_s is None else call.remaining_s)
         keys = decode_keys(request.keys, plan.schema.keys, self._limits.max_rows)
         columns = NOTHING
         if request.request_columns or plan.schema.request_columns:
@@ -170,7 +175,8 @@ class Service:
         """Answer a WriteRowsRequest: its rows are all written, or none."""
         begin(call)
         written = self._write(parse(pb.WriteRowsRequest, data), call.record)
-        return pb.WriteRowsResponse(rows=written.rows, stored=written.stored).SerializeToString()
+        answer = pb.WriteRowsResponse(rows=written.rows, stored=written.stored, token=written.token)
+        return answer.SerializeToString()
 
     def _write(self, request: pb.WriteRowsRequest, record: Record | None) -> Written:
         stages = None if record is None else record.stages
@@ -209,6 +215,7 @@ class RowStream:
         self._totals.messages += 1
         self._totals.rows += written.rows
         self._totals.stored += written.stored
+        self._totals.token = written.token
 
     def finish(self) -> bytes:
         """Return the answer."""
