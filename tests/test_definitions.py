@@ -16,11 +16,14 @@ from featserve.definitions import (
     FeatureService,
     FeatureView,
     Field,
+    OnDemandTransform,
     ParquetSource,
+    RequestColumn,
     Selection,
     Source,
     micros,
 )
+from featserve.definitions.code import MAIN, Code
 from featserve.errors import DefinitionError
 from featserve.types import Bool, Bytes, Float32, Float64, Int32, Int64, String, Timestamp, Type, Vector
 from tests.random_data import random_entity, random_service, random_view
@@ -53,6 +56,12 @@ def csv(**changes: Any) -> Source:
 
 def service(*features: Any, **changes: Any) -> FeatureService:
     return FeatureService("delay", list(features or [view()]), **changes)
+
+
+def transform(inputs: Any = None, outputs: Any = None, **changes: Any) -> OnDemandTransform:
+    given = {"t": view()["temp"]} if inputs is None else inputs
+    made = [Field("a", Float32), Field("b", Float32)] if outputs is None else outputs
+    return OnDemandTransform("wind", given, made, Code("wind", {MAIN: ""}), **changes)
 
 
 def fields(count: int) -> list[Field]:
@@ -181,6 +190,26 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
         lambda: service(view(), view("other", entity=Entity("person", {"user_id": String}))),
         "feature service 'delay': key column 'user_id' is int64 in weather@1 and string in other@1",
     ),
+    # transforms
+    (lambda: transform()[0], r"transform 'wind': 0 names no outputs; choose them as in transform\['a', 'b'\]"),  # type: ignore[index]
+    (lambda: transform()[()], r"\(\) names no outputs"),
+    (lambda: transform()["a", 1], r"\('a', 1\) names no outputs"),  # type: ignore[index]
+    (lambda: transform()[["a"]], r"\['a'\] names no outputs"),  # type: ignore[index]
+    (lambda: transform()["a", "c"], "transform 'wind' has no output 'c'; there is: 'a', 'b'"),
+    (lambda: transform({}), "transform 'wind': inputs maps each parameter"),
+    (lambda: transform([view()["temp"]]), r"inputs maps each parameter to view\['feature'\], a RequestColumn or"),
+    (lambda: transform({"t": view()["temp", "wind"]}), "transform 'wind': input 't' is 2 features; it takes one"),
+    (lambda: transform({"t": transform()}), "input 't' is OnDemandTransform"),
+    (lambda: transform({"t": 5}), r"input 't' is 5; it takes view\['feature'\], a RequestColumn or RequestTime\(\)"),
+    (lambda: transform({"T": view()["temp"]}), "transform 'wind': parameter name 'T'"),
+    (lambda: transform(outputs=[]), "transform 'wind': outputs is a list of at least one Field"),
+    (lambda: transform(outputs=["a"]), "outputs is a list of at least one Field"),
+    (lambda: transform(outputs=Field("a", Float32)), "outputs is a list of at least one Field"),
+    (lambda: transform(outputs=[Field("a", Float32)] * 2), "transform 'wind': output 'a' stands twice"),
+    (lambda: transform(outputs=[Field("a", Float32, min=0)]), "output 'a': constraints are for rows that are written"),
+    (lambda: transform(nulls="none"), "transform 'wind': nulls 'none' is neither 'strict' nor 'pass'"),
+    (lambda: RequestColumn("amount", float), "request column 'amount': <class 'float'> is not a type such as Float32"),  # type: ignore[arg-type]
+    (lambda: RequestColumn("Amount", Float32), "request column name 'Amount'"),
     (lambda: micros("wait", 5), "wait: 5 is not a datetime.timedelta"),
 ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal
 
@@ -41,6 +41,15 @@ class Outputs:
     transform: OnDemandTransform
     names: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.names, tuple) or not self.names or not all(isinstance(n, str) for n in self.names):
+            raise DefinitionError(
+                f"transform {self.transform.name!r}: {self.names!r} names no outputs; choose them as in "
+                "transform['a', 'b']"
+            )
+        for name in self.names:
+            self.transform.output(name)
+
 
 Input = Selection | Outputs | RequestColumn | RequestTime
 
@@ -75,7 +84,7 @@ class OnDemandTransform:
                 f"{what}: inputs maps each parameter to view['feature'], a RequestColumn or RequestTime()"
             )
         inputs = {name: self._input(what, name, given) for name, given in self.inputs.items()}
-        outputs = tuple(self.outputs)
+        outputs = tuple(self.outputs) if isinstance(self.outputs, Iterable) else ()
         if not outputs or not all(isinstance(f, Field) for f in outputs):
             raise DefinitionError(f"{what}: outputs is a list of at least one Field")
         unique(what, "output", [f.name for f in outputs])
@@ -105,10 +114,7 @@ class OnDemandTransform:
 
     def __getitem__(self, names: str | tuple[str, ...]) -> Outputs:
         """Choose some of the outputs for a service, or one as the input of another transform."""
-        chosen = (names,) if isinstance(names, str) else tuple(names)
-        for name in chosen:
-            self.output(name)
-        return Outputs(self, chosen)
+        return Outputs(self, (names,) if isinstance(names, str) else names)
 
     def output(self, name: str) -> Field:
         for f in self.outputs:
