@@ -95,7 +95,7 @@ def chosen(snapshot: Snapshot, names: tuple[str, ...], root: Path) -> tuple[list
 
 def _has_files(view: FeatureView, root: Path) -> bool:
     try:
-        return bool(source_files(view, root))
+        return bool(source_files(view.rows, root))
     except SourceError:
         return False
 
