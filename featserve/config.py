@@ -29,6 +29,8 @@ ENVIRONMENT = {
 }
 """Variables that win over the file, for what differs between two deployments of one project."""
 
+TRANSPORTS = ("grpcio", "native", "auto")
+
 YEAR_SECONDS = 365 * 86_400.0
 
 
@@ -80,6 +82,7 @@ class StoreConfig:
 class ServerConfig:
     """``[server]``. Where it listens (``port`` 0: any free one), and the limits of everything that it takes on.
 
+    ``transport``: "grpcio"; "native", which is pygrpc-native; or "auto", the latter where it is installed.
     ``default_deadline_ms``: for a request that carries none. ``drain_seconds``: how long requests in flight may take
     after SIGTERM. ``registry_poll_seconds``: how often it looks for a newly applied definition.
     ``max_future_skew_seconds``: how far ahead of the clock a written row's time may be.
@@ -87,6 +90,7 @@ class ServerConfig:
 
     host: str = "127.0.0.1"
     port: int = between(7070, 0, 65_535)
+    transport: str = field(default="grpcio", metadata={"choices": TRANSPORTS})
     max_message_mb: int = between(16, 1, 2_047)
     max_rows: int = between(10_000, 1, 10_000_000)
     max_concurrent: int = between(256, 1, 1_000_000)

@@ -60,3 +60,10 @@ def start(transport: str, tmp_path: Path) -> Iterator[Callable[..., Server]]:
     yield starter
     for server in started:
         server.close()
+
+
+@pytest.fixture
+def before_its_message(request: pytest.FixtureRequest, transport: str) -> None:
+    """Say of a test that it needs a call to be seen before its message: on pygrpc-native it is known to fail."""
+    if transport == "native":
+        request.applymarker(pytest.mark.xfail(reason="pygrpc-native hands a call over once its message is whole"))

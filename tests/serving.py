@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -35,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_S = 60.0
 """How long a test waits for what must happen, before it says that it did not: machines are shared and slow."""
 
-TRANSPORTS: dict[str, dict[str, Any]] = {"grpcio": {}}
+TRANSPORTS: dict[str, dict[str, Any]] = {"grpcio": {}, "native": {"transport": "native"}}
 """The transports that the server has, each with the [server] settings that choose it."""
 
 DAMAGED = (9_000_001, 9_000_002)
@@ -188,6 +189,11 @@ class Server:
         """Return what it holds in memory."""
         size: int = psutil.Process(self.process.pid).memory_info().rss
         return size
+
+    def most_memory_bytes(self) -> int:
+        """Return the most that it ever held in memory."""
+        (line,) = re.findall(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{self.process.pid}/status").read_text())
+        return int(line) << 10
 
     def apply(self, definitions: str) -> None:
         """Apply more definitions, and wait until it has taken them."""

@@ -49,7 +49,7 @@ from featserve.cli.show import (
 )
 from featserve.cli.starter import NEXT, TOLD, write_starter
 from featserve.client import connect
-from featserve.config import Config, load_config
+from featserve.config import TRANSPORTS, Config, load_config
 from featserve.embedded import Embedded, clock_us, instant_us
 from featserve.errors import FeatserveError, RegistryMissing
 from featserve.project import load_definitions
@@ -246,7 +246,8 @@ def materialize(ctx: click.Context, views: tuple[str, ...], folder: Path, as_of:
 @project
 @click.option("--host", help="The address to listen on, instead of that in featserve.toml.")
 @click.option("--port", type=click.IntRange(0, 65_535), help="The port, instead of that in featserve.toml; 0: any.")
-def serve(folder: Path, host: str | None, port: int | None) -> None:
+@click.option("--transport", type=click.Choice(TRANSPORTS), help="The transport, instead of that in featserve.toml.")
+def serve(folder: Path, host: str | None, port: int | None, transport: str | None) -> None:
     """Serve the features until Ctrl-C or SIGTERM.
 
     Then requests in flight finish, the store is closed, and the exit code is 0.
@@ -258,8 +259,9 @@ def serve(folder: Path, host: str | None, port: int | None) -> None:
       featserve serve --port 7070
     """
     config = settings(folder)
-    host, port = host or config.server.host, config.server.port if port is None else port
-    config = replace(config, server=replace(config.server, host=host, port=port))
+    given: dict[str, Any] = {"host": host, "port": port, "transport": transport}
+    given = {name: value for name, value in given.items() if value is not None}
+    config = replace(config, server=replace(config.server, **given))
     configure()
     run(config, ready=lambda address: tell_served(config, address))
 

@@ -20,9 +20,9 @@ from featserve.engine import Engine
 from featserve.errors import FeatserveError
 from featserve.plan import Plans
 from featserve.registry import Registry
-from featserve.server.grpcio import GrpcioServer
 from featserve.server.service import Limits, Service
 from featserve.server.telemetry import Telemetry
+from featserve.server.transport import transport
 from featserve.store import open_store
 
 log = logging.getLogger("featserve.server")
@@ -71,7 +71,7 @@ async def _serve(
     config: Config, registry: Registry, engine: Engine, telemetry: Telemetry, ready: Callable[[str], None]
 ) -> None:
     limits = Limits(config.server.max_rows, int(config.server.max_future_skew_seconds * 1_000_000))
-    server = GrpcioServer(Service(engine, limits, clock_us), config.server, telemetry)
+    server = transport(config.server)(Service(engine, limits, clock_us), config.server, telemetry)
     stop, reload = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -7,7 +7,6 @@ into statuses.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,12 +20,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from featserve.config import ServerConfig
-from featserve.errors import DeadlineExceeded, FeatserveError, Overloaded, ServingError, StoreError, invalid
+from featserve.errors import DeadlineExceeded, Overloaded, ServingError, invalid
+from featserve.server.meter import Load
 from featserve.server.service import READS, SERVICE_NAME, WRITES, Call, Service
-from featserve.server.status import DETAILS_KEY, encode_error
+from featserve.server.status import DETAILS_KEY, failed
 from featserve.server.telemetry import Telemetry
-
-log = logging.getLogger("featserve.server")
 
 HEALTH_NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 Context = grpc.aio.ServicerContext[bytes, bytes]
@@ -47,39 +45,53 @@ UNLIMITED = nullcontext()
 class GrpcioServer:
     """A grpc.aio server of the service, with standard health checking and reflection."""
 
-    def __init__(self, service: Service, config: ServerConfig, telemetry: Telemetry) -> None:
+    def __init__(
+        self, service: Service, config: ServerConfig, telemetry: Telemetry, *, beside: Load | None = None
+    ) -> None:
+        """Serve within the limits of ``config``; what another transport has on its hands, ``beside``, counts, too."""
         self._service, self._telemetry = service, telemetry
         self._default_deadline_s = config.default_deadline_ms / 1_000
-        self._load, self._most_calls, self._taken = telemetry.load(), config.max_concurrent, 0
+        self._most_bytes, self._most_calls, self._taken = config.max_message_mb << 20, config.max_concurrent, 0
+        self.load, self._beside = telemetry.load(), beside or Load()
         self._writer = ThreadPoolExecutor(1, "featserve-writer")
-        size = config.max_message_mb << 20
-        self._server = grpc.aio.server(
+        self._health = Health(("", SERVICE_NAME))
+
+    async def start(self, host: str, port: int, *, reuse_port: bool = False) -> int:
+        """Listen; return the port. Raises ServingError where the address cannot be had.
+
+        ``reuse_port``: other processes may listen on it, too, and the kernel spreads connections over all of them.
+        """
+        return await self.listen(f"{host}:{port}", reuse_port=reuse_port)
+
+    async def listen(self, address: str, *, reuse_port: bool = False) -> int:
+        """Listen on ``host:port`` or ``unix:path``; see ``start``."""
+        self._server = self._open(reuse_port)
+        try:
+            bound = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise cannot_listen(address, error) from None
+        await self._server.start()
+        return bound
+
+    def _open(self, reuse_port: bool) -> grpc.aio.Server:
+        server = grpc.aio.server(
             options=[
-                ("grpc.max_receive_message_length", size),
-                ("grpc.max_send_message_length", size),
-                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", self._most_bytes),
+                ("grpc.max_send_message_length", self._most_bytes),
+                ("grpc.so_reuseport", int(reuse_port)),
                 ("grpc.server.max_pending_requests", BACKLOG),
                 ("grpc.server.max_pending_requests_hard_limit", BACKLOG),
             ],
             # Bounds what ``_counted`` does not: health, reflection, and calls that are being refused.
-            maximum_concurrent_rpcs=2 * config.max_concurrent,
+            maximum_concurrent_rpcs=2 * self._most_calls,
         )
-        self._health = Health(("", SERVICE_NAME))
         names = (SERVICE_NAME, HEALTH_NAME, reflection.SERVICE_NAME)
-        self._server.add_generic_rpc_handlers((self._handlers(),))
-        only_generic: Any = _OnlyGeneric(self._server)
+        server.add_generic_rpc_handlers((self._handlers(),))
+        only_generic: Any = _OnlyGeneric(server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, only_generic)
         reflected: Any = reflection.aio.ReflectionServicer(names)
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflected, only_generic)  # type: ignore[no-untyped-call]
-
-    async def start(self, host: str, port: int) -> int:
-        """Listen; return the port. Raises ServingError where the address cannot be had."""
-        try:
-            bound = self._server.add_insecure_port(f"{host}:{port}")
-        except RuntimeError as error:
-            raise ServingError(f"cannot listen on {host}:{port}: {error}. Choose another [server] port") from None
-        await self._server.start()
-        return bound
+        return server
 
     async def drain(self, seconds: float) -> None:
         """Say NOT_SERVING, take no new calls, let those in flight finish for up to ``seconds``, then end them."""
@@ -112,11 +124,10 @@ class GrpcioServer:
         """Return the handler of a method: ``handle``, unless too many calls are under way; errors as statuses."""
 
         async def counted(requests: object, context: Context) -> Answer:
-            if self._load.active >= self._most_calls:
-                self._load.shed += 1
-                most = f"{self._most_calls:,} calls are under way, the most here ([server] max_concurrent)"
-                await abort(context, Overloaded(f"{most}; try again later"))
-            self._load.active += 1
+            if self.load.active + self._beside.active >= self._most_calls:
+                self.load.shed += 1
+                await abort(context, overloaded(self._most_calls))
+            self.load.active += 1
             self._taken += 1
             try:
                 return await handle(context)
@@ -125,7 +136,7 @@ class GrpcioServer:
             except Exception as error:  # noqa: BLE001 - the top of a request
                 await abort(context, error)
             finally:
-                self._load.active -= 1
+                self.load.active -= 1
 
         return counted
 
@@ -237,10 +248,15 @@ async def message(context: Context) -> bytes | None:
 
 async def abort(context: Context, error: Exception) -> NoReturn:
     """End a call with an error's status; log what is our fault."""
-    if not isinstance(error, FeatserveError):
-        log.error("a request failed: %s", error, exc_info=error)
-        error = ServingError(f"internal error: {error.__class__.__name__}")
-    elif isinstance(error, StoreError):
-        log.error("%s", error)
-    status = encode_error(error)
+    status = failed(error)
     await context.abort(_CODES[status.code], status.message, ((DETAILS_KEY, status.SerializeToString()),))
+
+
+def overloaded(most_calls: int) -> Overloaded:
+    """Return what a call over the limit is refused with."""
+    return Overloaded(f"{most_calls:,} calls are under way, the most here ([server] max_concurrent); try again later")
+
+
+def cannot_listen(address: str, why: Exception) -> ServingError:
+    """Return the error of an address that cannot be had."""
+    return ServingError(f"cannot listen on {address}: {why}. Choose another [server] port")

@@ -5,11 +5,15 @@ The details are google.rpc.Status with ErrorInfo and BadRequest, in the ``grpc-s
 
 from __future__ import annotations
 
+import logging
+
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import Message
 
 from featserve import errors
 from featserve._proto import errors_pb2 as pb
+
+log = logging.getLogger("featserve.server")
 
 DOMAIN = "featserve"
 DETAILS_KEY = "grpc-status-details-bin"
@@ -60,6 +64,16 @@ def encode_error(error: errors.FeatserveError) -> pb.ErrorStatus:
             bad.field_violations.add(field=field, description=description)
         status.details.append(_any("google.rpc.BadRequest", bad))
     return status
+
+
+def failed(error: Exception) -> pb.ErrorStatus:
+    """Return the google.rpc.Status of whatever a request failed with; log what is our fault."""
+    if not isinstance(error, errors.FeatserveError):
+        log.error("a request failed: %s", error, exc_info=error)
+        error = errors.ServingError(f"internal error: {error.__class__.__name__}")
+    elif isinstance(error, errors.StoreError):
+        log.error("%s", error)
+    return encode_error(error)
 
 
 def cut(text: str, most: int) -> str:

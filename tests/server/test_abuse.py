@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from featserve._proto import serving_pb2 as pb
-from tests.server.messages import numbers, refusal, texts, wide
+from tests.server.messages import numbers, read_error, refusal, texts, wide
 from tests.serving import PATIENCE_S, ROOT, Server, until
 
 pytest_plugins = ["tests.served"]
@@ -41,11 +41,13 @@ def test_clients_that_are_killed_in_the_middle_of_streams(small: Server) -> None
     """A client killed with all streams under way that there may be leaves nothing behind: its places are free again."""
     command = [sys.executable, "-m", "tests.server.flood", small.address, "4"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as client, small.stub() as stub:
-        assert client.stdout is not None
-        assert client.stdout.readline() == b"busy\n"
-        assert refusal(lambda: stub.GetFeatures(wide(1))).reason == "OVERLOADED"
-        client.kill()
-        client.wait(PATIENCE_S)
+        try:
+            assert client.stdout is not None
+            assert client.stdout.readline() == b"busy\n"
+            error: Any = until("there is no room", lambda: stub.GetFeatures.future(wide(1)).exception())
+            assert read_error(error).reason == "OVERLOADED"
+        finally:
+            client.kill()
         until("there is room again", lambda: not stub.GetFeatures.future(wide(1)).exception())
     assert [event for event in small.events() if event["level"] == "error"] == []
     assert "Traceback" not in small.log.read_text()
@@ -111,6 +113,17 @@ def test_a_client_that_does_not_read_is_not_buffered_for(answers: Server) -> Non
         for stream in calls:
             assert next(stream).response.rows == 10_000
             stream.cancel()
+
+
+@pytest.mark.usefixtures("before_its_message")
+def test_a_message_over_the_limit_is_not_held(start: Callable[..., Server]) -> None:
+    """However large a message is: beyond the limit the server takes none of it into its memory."""
+    server = start(max_message_mb=1)
+    with server.channel(("grpc.max_send_message_length", -1)) as channel:
+        call: Any = channel.unary_unary(f"{PATH}GetFeatures")
+        before = server.most_memory_bytes()
+        assert refusal(lambda: call(bytes(256 * MB))).code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert server.most_memory_bytes() - before < 32 * MB
 
 
 def test_half_a_request_is_dropped_with_its_connection(answers: Server) -> None:

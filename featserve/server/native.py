@@ -1,0 +1,219 @@
+"""The service on pygrpc-native: HTTP/2 and gRPC framing in Rust, outside the interpreter's lock; plaintext only.
+
+As thin an adapter as that to grpcio. One thread takes calls in batches and answers the reads; writes have a thread of
+their own. Streams, health and reflection go through to a grpcio server behind it, on a socket in a folder that only
+this user can open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import tempfile
+import threading
+import time
+from asyncio import CancelledError
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from pygrpc_native import EVENT_CANCEL, NativeGrpcFront
+
+from featserve._proto.errors_pb2 import ErrorStatus
+from featserve.config import ServerConfig
+from featserve.errors import DeadlineExceeded, Unavailable
+from featserve.server.grpcio import QUIET_S, GrpcioServer, cannot_listen, overloaded
+from featserve.server.service import READS, SERVICE_NAME, WRITES, Call, Service
+from featserve.server.status import DETAILS_KEY, encode_error, failed
+from featserve.server.telemetry import Telemetry
+
+METHODS: tuple[tuple[str, Callable[[Service, bytes, Call], bytes]], ...] = (*READS.items(), *WRITES.items())
+"""The methods that are served here, each by its number: reads first."""
+
+TAKEN_AT_ONCE = 1_024
+ANSWERED_AT_ONCE = 16
+"""Calls that are answered before the queue is looked at again: what is over the limit is refused at once."""
+MAX_STREAMS = 1 << 16
+"""Calls at once on one connection that HTTP/2 lets through, to be answered, or refused with a reason."""
+
+RESOURCE_EXHAUSTED = 8
+Status = tuple[int, str, list[tuple[str, bytes]]]
+
+
+class Waiting(NamedTuple):
+    """A call that waits for its turn, taken on at ``taken_s`` (``time.monotonic``) with ``remaining_s`` to go."""
+
+    method: int
+    data: bytes
+    metadata: tuple[tuple[str, str | bytes], ...]
+    taken_s: float
+    remaining_s: float
+
+
+class NativeServer:
+    """A pygrpc-native server of the service, with a ``GrpcioServer`` behind it."""
+
+    def __init__(self, service: Service, config: ServerConfig, telemetry: Telemetry) -> None:
+        self._service, self._telemetry = service, telemetry
+        self._load, self._most_calls = telemetry.load(), config.max_concurrent
+        self._behind = GrpcioServer(service, config, telemetry, beside=self._load)
+        self._default_deadline_s, self._most_bytes = config.default_deadline_ms / 1_000, config.max_message_mb << 20
+        self._overloaded = _encoded(encode_error(overloaded(self._most_calls)))
+        self._draining = False
+        self._reads: dict[int, Waiting] = {}
+        # Of the writes, one that is under way is no longer among those that wait.
+        self._writes: dict[int, Waiting] = {}
+        self._writing = 0
+        self._limited: deque[tuple[float, int]] = deque()
+        """When writes end that came without a deadline, in their order; those with one pygrpc-native ends itself."""
+        self._counting = threading.Lock()
+        self._writer = ThreadPoolExecutor(1, "featserve-writer")
+        self._thread = threading.Thread(target=self._serve, name="featserve-native", daemon=True)
+
+    async def start(self, host: str, port: int, *, reuse_port: bool = False) -> int:
+        """Listen; return the port. Raises ServingError where the address cannot be had."""
+        paths = [(f"/{SERVICE_NAME}/{name}", False) for name, _ in METHODS]
+        address = f"{host}:{port}"
+        try:
+            self._front = NativeGrpcFront(
+                address, paths, call_details=True, max_concurrent_streams=MAX_STREAMS, reuse_port=reuse_port
+            )
+        except OSError as error:
+            raise cannot_listen(address, error) from None
+        self._folder = tempfile.TemporaryDirectory(prefix="featserve-")
+        socket = Path(self._folder.name) / "grpcio"
+        await self._behind.listen(f"unix:{socket}")
+        self._front.set_fallback(str(socket))
+        self._front.start()
+        self._thread.start()
+        return self._front.bound_port
+
+    async def drain(self, seconds: float) -> None:
+        """Say NOT_SERVING, take no new calls, let those in flight finish for up to ``seconds``, then end them."""
+        loop = asyncio.get_running_loop()
+        ends_s = loop.time() + seconds
+        behind = asyncio.create_task(self._behind.drain(seconds))
+        await asyncio.sleep(min(seconds, QUIET_S))  # what has arrived is taken on
+        self._draining = True
+        await behind
+        while self._active() and loop.time() < ends_s:
+            await asyncio.sleep(QUIET_S / 10)
+        await asyncio.to_thread(self._front.close)
+        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._writer.shutdown, cancel_futures=True)
+        self._folder.cleanup()
+
+    def _serve(self) -> None:
+        """Take calls and answer them until the front is closed."""
+        while self._take():
+            for call_id in list(islice(self._reads, ANSWERED_AT_ONCE)):
+                self._answer(call_id, self._reads[call_id])
+                del self._reads[call_id]
+            self._count()
+
+    def _take(self) -> bool:
+        """Put the calls that have arrived in their queues, waiting where there is nothing to do; False at the end."""
+        events = self._front.recv_batch_details(TAKEN_AT_ONCE, self._patience_ms())
+        if events is None:
+            return False
+        now_s = time.monotonic()
+        for kind, call_id, method, data, _, details in events:
+            if kind == EVENT_CANCEL:
+                self._drop(call_id)
+            elif data is not None and details is not None:
+                if (status := self._refusal(data)) is not None:
+                    self._front.fail(call_id, *status)
+                    continue
+                metadata, _, remaining_s = details
+                limit_s = self._default_deadline_s if remaining_s is None else remaining_s
+                waiting = Waiting(method, data, metadata, now_s, limit_s)
+                if method < len(READS):
+                    self._reads[call_id] = waiting
+                else:
+                    self._writes[call_id] = waiting
+                    self._writer.submit(self._write, call_id)
+                    if remaining_s is None:
+                        self._limited.append((now_s + limit_s, call_id))
+        self._expire(now_s)
+        return True
+
+    def _patience_ms(self) -> int | None:
+        """Return how long to wait for calls: until the next write expires, and not at all where reads wait."""
+        if self._reads:
+            return 0
+        if not self._limited:
+            return None
+        return max(math.ceil((self._limited[0][0] - time.monotonic()) * 1_000), 0)
+
+    def _refusal(self, data: bytes) -> Status | None:
+        """Return what a call is refused with before it waits."""
+        if self._draining:
+            return _encoded(encode_error(Unavailable("the server is shutting down; ask another, or try again")))
+        if self._active() + self._behind.load.active >= self._most_calls:
+            self._load.shed += 1
+            return self._overloaded
+        return self._oversized("Received", data)
+
+    def _oversized(self, verb: str, data: bytes) -> Status | None:
+        """Return what grpcio says of a message over the limit."""
+        if len(data) <= self._most_bytes:
+            return None
+        return RESOURCE_EXHAUSTED, f"{verb} message larger than max ({len(data)} vs. {self._most_bytes})", []
+
+    def _write(self, call_id: int) -> None:
+        """Run a write whose turn it is, unless it was cancelled or has expired."""
+        self._writing = 1
+        if (waiting := self._writes.pop(call_id, None)) is not None:
+            self._answer(call_id, waiting)
+        self._writing = 0
+        self._count()
+
+    def _answer(self, call_id: int, waiting: Waiting) -> None:
+        """Answer a call with what is left of its deadline."""
+        method, data, metadata, taken_s, remaining_s = waiting
+        waited_s = time.monotonic() - taken_s
+        call = Call(metadata, remaining_s - waited_s)
+        name, run = METHODS[method]
+        try:
+            with self._telemetry.watch(name, call, waited_s):
+                answer = run(self._service, data, call)
+        except Exception as error:  # noqa: BLE001 - the top of a request
+            self._front.fail(call_id, *_encoded(failed(error)))
+            return
+        if (status := self._oversized("Sent", answer)) is not None:
+            self._front.fail(call_id, *status)
+        else:
+            self._front.respond(call_id, answer)
+
+    def _expire(self, now_s: float) -> None:
+        """End the writes whose default deadline has passed before their turn."""
+        while self._limited and ((ended := self._limited[0][0] <= now_s) or self._limited[0][1] not in self._writes):
+            _, call_id = self._limited.popleft()
+            if ended and self._drop(call_id):
+                error = DeadlineExceeded(f"the default deadline, {self._default_deadline_s:g} s, passed")
+                self._front.fail(call_id, *_encoded(encode_error(error)))
+
+    def _drop(self, call_id: int) -> bool:
+        """Take a call that has ended before its turn out of its queue; say whether it was still there."""
+        waiting = self._reads.pop(call_id, None) or self._writes.pop(call_id, None)
+        if waiting is None:
+            return False
+        call = Call(waiting.metadata)
+        with suppress(CancelledError), self._telemetry.watch(METHODS[waiting.method][0], call):
+            raise CancelledError
+        return True
+
+    def _active(self) -> int:
+        return len(self._reads) + len(self._writes) + self._writing
+
+    def _count(self) -> None:
+        with self._counting:  # of two threads, the last one sees what both have done
+            self._load.active = self._active()
+
+
+def _encoded(status: ErrorStatus) -> Status:
+    return status.code, status.message, [(DETAILS_KEY, status.SerializeToString())]

@@ -1,0 +1,45 @@
+"""Which transport a server has: grpcio, or pygrpc-native where that is installed.
+
+A third would be a class with the same three methods, and a name in the settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Protocol
+
+from featserve.config import ServerConfig
+from featserve.errors import DefinitionError
+from featserve.server.grpcio import GrpcioServer
+from featserve.server.service import Service
+from featserve.server.telemetry import Telemetry
+
+NATIVE_PACKAGE = "pygrpc_native"
+
+
+class Transport(Protocol):
+    """A server of the service on one address."""
+
+    async def start(self, host: str, port: int, *, reuse_port: bool = False) -> int:
+        """Listen; return the port. Raises ServingError where the address cannot be had."""
+
+    async def drain(self, seconds: float) -> None:
+        """Say NOT_SERVING, take no new calls, let those in flight finish for up to ``seconds``, then end them."""
+
+
+def transport(config: ServerConfig) -> Callable[[Service, ServerConfig, Telemetry], Transport]:
+    """Return the class of the configured transport. Raises DefinitionError where it is not installed.
+
+    Every listener is plaintext today. pygrpc-native has no TLS: with it, this is where grpcio has to be chosen.
+    """
+    installed = find_spec(NATIVE_PACKAGE) is not None
+    if config.transport == "grpcio" or (config.transport == "auto" and not installed):
+        return GrpcioServer
+    if not installed:
+        raise DefinitionError(
+            "[server] transport: 'native' needs pygrpc-native: pip install 'featserve[native]', or choose 'grpcio'"
+        )
+    from featserve.server.native import NativeServer
+
+    return NativeServer
