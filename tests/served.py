@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.serving import TRANSPORTS, Project, Server
+from tests.server.streams import has_room
+from tests.serving import TRANSPORTS, Project, Server, until
 
 
 @pytest.fixture(scope="session", params=TRANSPORTS)
@@ -40,11 +41,19 @@ def following(transport: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @pytest.fixture(scope="session")
-def small(transport: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def of_eight(transport: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Run a server that takes eight calls at a time, and writes that are large enough to keep it busy."""
     settings: dict[str, Any] = {"max_concurrent": 8, "max_rows": 100_000, "max_message_mb": 256}
     with Server(Project.make(tmp_path_factory.mktemp("small"), **TRANSPORTS[transport] | settings)) as server:
         yield server
+
+
+@pytest.fixture
+def small(of_eight: Server) -> Server:
+    """Give that server when it has room for eight calls: what another test left under way has ended."""
+    with of_eight.stub() as stub:
+        until("there is room for eight calls", lambda: has_room(stub, 8))
+    return of_eight
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ def flood(address: str, streams: int) -> None:
     stub = FeatureServingServiceStub(grpc.insecure_channel(address))
     read = pb.StreamFeaturesRequest(request=wide(1))
     write = pb.StreamRowsRequest(request=numbers([1], 1.0))
-    reading = [stub.StreamFeatures(itertools.repeat(read)) for _ in range(streams)]
-    writing = [stub.StreamRows.future(itertools.repeat(write)) for _ in range(streams)]
+    reading = [stub.StreamFeatures(itertools.repeat(read), timeout=600) for _ in range(streams)]
+    writing = [stub.StreamRows.future(itertools.repeat(write), timeout=600) for _ in range(streams)]
     for stream in reading:
         next(stream)
     sys.stdout.write("busy\n")

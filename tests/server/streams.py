@@ -5,6 +5,8 @@ from __future__ import annotations
 import queue
 from typing import Any
 
+import grpc
+
 from featserve._proto import serving_pb2 as pb
 from featserve._proto.serving_pb2_grpc import FeatureServingServiceStub
 from tests.server.messages import numbers, wide
@@ -39,3 +41,18 @@ class Stream:
         """Cancel the call."""
         self.call.cancel()
         self._requests.put(None)
+
+
+def has_room(stub: FeatureServingServiceStub, calls: int) -> bool:
+    """Return whether the server takes that many calls at once; none of them is under way afterwards."""
+    held: list[Stream] = []
+    try:
+        while len(held) < calls:
+            stream = Stream(stub)
+            stream.ask(1)
+            held.append(stream)
+    except grpc.RpcError:
+        stream.drop()
+    for each in held:
+        each.end()
+    return len(held) == calls
