@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import numpy as np
 import pytest
+
+from tests.disk import SmallDisk, mounted
 
 SEED = int(os.environ.get("FEATSERVE_SEED") or secrets.randbits(32))
 
@@ -35,3 +39,11 @@ def seed() -> int:
 def rng(seed: int) -> np.random.Generator:
     """Return a generator of random numbers that starts at the run's seed, whatever other tests ran before."""
     return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    """Give a disk with 6 MiB free."""
+    (tmp_path / "disk").mkdir()
+    with mounted(tmp_path / "disk") as disk:
+        yield disk

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -18,6 +18,7 @@ import featserve
 from featserve.config import Config, load_config
 from featserve.errors import RegistryError, ServingError, StoreError, StoreLocked
 from featserve.server.app import run
+from tests.disk import SmallDisk
 from tests.server.messages import numbers, read_error, refusal, wide
 from tests.serving import PATIENCE_S, ROOT, TRANSPORTS, Project, Server, until
 
@@ -132,23 +133,11 @@ def test_a_killed_load_is_there_whole_or_not_at_all(tmp_path: Path, rng: np.rand
         assert list(project.store.parent.glob(".store*")) == []
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Mount a file system of 6 MiB, where the tests may."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(place)]
-    if subprocess.run(command, check=False, capture_output=True).returncode != 0:
-        pytest.skip("this user may not mount a file system")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
-def test_a_full_disk(transport: str, tmp_path: Path, small_disk: Path) -> None:
+def test_a_full_disk(transport: str, tmp_path: Path, small_disk: SmallDisk) -> None:
     """A write that finds no space is refused with what to do; reads go on, and with space nothing is missing."""
     project = Project.make(tmp_path / "project", **TRANSPORTS[transport])
     project.configure(
-        store={"path": str(small_disk / "store"), "block_cache_mb": 8, "row_cache_mb": 1},
+        store={"path": str(small_disk.folder / "store"), "block_cache_mb": 8, "row_cache_mb": 1},
         server={"port": 0, "max_rows": 100_000} | TRANSPORTS[transport],
     )
     acknowledged = 0
@@ -169,7 +158,7 @@ def test_a_full_disk(transport: str, tmp_path: Path, small_disk: Path) -> None:
             client.write("weather", {"country": ["a"], "zip": ["1"], "temp": [0.0], "wind": [0.0]}, event_time=[0])
         assert server.stop() == 0
     assert acknowledged >= 1_000
-    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    small_disk.enlarge()
     with featserve.open(project.folder, write=True) as embedded:
         found = embedded.get("wide", {"user_id": range(acknowledged + 1_000)}).view_status[:, 0].tolist()
         assert found == [featserve.Status.PRESENT] * acknowledged + [featserve.Status.NOT_FOUND] * 1_000

@@ -19,6 +19,7 @@ import rocksdict
 from featserve.errors import StoreError, StoreFull, StoreLocked
 from featserve.store import open_store
 from featserve.store.rocksdb import RocksStore, is_locked
+from tests.disk import SmallDisk
 
 KEYS = [b"key %06d" % i for i in range(5_000)]
 
@@ -407,38 +408,23 @@ def test_an_empty_file_of_rows(path: Path) -> None:
     assert all(isinstance(result, StoreError) for result in results.values())
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Path:
-    """A file system of 4 MiB, where the tests may mount one."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)], check=False, capture_output=True
-    )
-    if mounted.returncode != 0:
-        pytest.skip("this user may not mount a file system")
-    return place
-
-
-def test_a_full_disk(small_disk: Path, rng: np.random.Generator) -> None:
+def test_a_full_disk(small_disk: SmallDisk, rng: np.random.Generator) -> None:
     """A write or load that does not fit is refused as such; what was acknowledged stays, and a new start goes on."""
-    try:
-        store = opened(small_disk / "store")
-        store.write_many([b"kept"], [row(1)])
-        keys = [b"big %d" % i for i in range(100)]
-        with pytest.raises(StoreFull, match="no space left"), store.load() as load:
-            load.add(keys, [row(1, rng.bytes(100_000)) for _ in keys])
-        assert store.read_many([b"kept", *keys[:2]]) == [row(1), None, None]
-        written: list[int] = []
-        with pytest.raises(StoreFull, match="no space left"):
-            written.extend(store.write_many([key], [row(1, rng.bytes(100_000))]) for key in keys)
-        assert store.read_many([b"kept"]) == [row(1)]
-        store.close()
-        subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
-        store = opened(small_disk / "store")
-        assert store.read_many([b"kept"]) == [row(1)]
-        assert [found is not None for found in store.read_many(keys)] == [i < len(written) for i in range(len(keys))]
-        assert store.write_many([b"again"], [row(1)]) == 1
-        store.close()
-    finally:
-        subprocess.run(["umount", "-l", str(small_disk)], check=True)
+    path = small_disk.folder / "store"
+    store = opened(path)
+    store.write_many([b"kept"], [row(1)])
+    keys = [b"big %d" % i for i in range(100)]
+    with pytest.raises(StoreFull, match="no space left"), store.load() as load:
+        load.add(keys, [row(1, rng.bytes(100_000)) for _ in keys])
+    assert store.read_many([b"kept", *keys[:2]]) == [row(1), None, None]
+    written: list[int] = []
+    with pytest.raises(StoreFull, match="no space left"):
+        written.extend(store.write_many([key], [row(1, rng.bytes(100_000))]) for key in keys)
+    assert store.read_many([b"kept"]) == [row(1)]
+    store.close()
+    small_disk.enlarge()
+    store = opened(path)
+    assert store.read_many([b"kept"]) == [row(1)]
+    assert [found is not None for found in store.read_many(keys)] == [i < len(written) for i in range(len(keys))]
+    assert store.write_many([b"again"], [row(1)]) == 1
+    store.close()
