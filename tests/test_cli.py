@@ -9,10 +9,13 @@ import base64
 import json
 import re
 import shutil
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,7 +24,7 @@ from click.testing import CliRunner
 
 import featserve
 from featserve.batch import EventBatch
-from featserve.cli import main, verbs
+from featserve.cli import VERBS, main, verbs
 from featserve.cli.columns import read_columns
 from featserve.cli.load import portions
 from featserve.cli.show import age, size
@@ -293,11 +296,26 @@ def test_unexpected_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch,
 
 def test_every_verb_has_help_with_an_example() -> None:
     """``--help`` of each verb says what it does, shows an example, and fits 100 columns."""
-    for verb in main.commands:
+    for verb in VERBS:
         text = CliRunner().invoke(main, [verb, "--help"]).stdout
         assert re.search(rf"Examples?:\n +featserve {verb} ?", text), text
         assert max(map(len, text.splitlines())) <= 100
     assert run("--version").stdout == f"featserve {featserve.__version__}\n"
+
+
+def test_the_list_of_verbs_loads_none() -> None:
+    """What ``featserve --help`` says of a verb is what the verb says, and takes loading neither it nor the library."""
+    for name, (_, _, what) in VERBS.items():
+        verb = main.get_command(click.Context(main), name)
+        assert verb is not None
+        assert (verb.name, verb.get_short_help_str(100)) == (name, what)
+    script = (
+        "import sys; from featserve.cli import main; main(['--help'], standalone_mode=False); "
+        "sys.exit(str({'numpy', 'grpc', 'pyarrow', 'sqlalchemy', 'rich'} & set(sys.modules)))"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
+    assert ended.stderr == "set()\n"
+    assert all(f"  {name} " in ended.stdout for name in VERBS)
 
 
 def test_a_bad_source_keeps_no_other_from_loading(own: Path) -> None:

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from featserve.cli.columns import parse_values, read_file
 from featserve.cli.show import STDERR, counted, facts, note, show, show_json, table
-from featserve.cli.verbs import address, as_json, main
+from featserve.cli.verbs import address, as_json
 from featserve.client import connect
 from featserve.embedded import clock_us
 from featserve.errors import InvalidRequest, hint
@@ -87,7 +87,7 @@ class LoadTests(click.Group):
         return super().parse_args(ctx, args)
 
 
-@main.group(cls=LoadTests)
+@click.group("load-test", cls=LoadTests)
 def load_test() -> None:
     """Measure how fast a running server answers.
 

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from featserve import training
 from featserve.cli.show import STDERR, counted, facts, show, show_json, size, table
-from featserve.cli.verbs import Verb, applied, as_json, main, project, settings
+from featserve.cli.verbs import Verb, applied, as_json, project, settings
 from featserve.errors import CallerError, DefinitionError
 from featserve.leakage import LeakageReport, check_plot
 from featserve.leakage import leakage as report_leakage
@@ -58,7 +58,7 @@ def from_labels(verb: Verb) -> Verb:
     return verb
 
 
-@main.command()
+@click.command()
 @from_labels
 @click.option("--out", type=new_file, metavar="FILE.parquet", required=True, help="Where to write the frame.")
 @click.option("--event-times", is_flag=True, help="Add <view>.event_time, null where there is no row.")
@@ -138,7 +138,7 @@ def show_frame(frame: Any, features: int, out: Path, seconds: float) -> None:
     show(made)
 
 
-@main.command()
+@click.command()
 @from_labels
 @click.option("--label", metavar="COLUMN", required=True, help="The labels' column that is to be predicted.")
 @click.option("--plot", type=new_file, metavar="FILE", help="Draw the report, too: a .png or .html file.")

@@ -1,7 +1,4 @@
-"""The verbs of ``featserve``, one function each: take the words of a command line, call the library, show the result.
-
-Errors of the library are one message on standard error and exit code 1; a wrong command line is 2, Ctrl-C 130.
-"""
+"""The verbs, one function each: take the words of a command line, call the library, show the result."""
 
 from __future__ import annotations
 
@@ -18,7 +15,6 @@ from typing import Any, TypeVar
 import click
 from rich.text import Text
 
-import featserve
 from featserve.catalog import Snapshot
 from featserve.changes import compare
 from featserve.cli.answer import Answer
@@ -41,7 +37,6 @@ from featserve.cli.show import (
     note,
     show,
     show_changes,
-    show_error,
     show_history,
     show_json,
     show_plan,
@@ -51,7 +46,7 @@ from featserve.cli.starter import NEXT, TOLD, write_starter
 from featserve.client import connect
 from featserve.config import TRANSPORTS, Config, load_config
 from featserve.embedded import Embedded, clock_us, instant_us
-from featserve.errors import FeatserveError, RegistryMissing
+from featserve.errors import RegistryMissing
 from featserve.project import load_definitions
 from featserve.registry import Registry
 from featserve.server.app import run
@@ -64,23 +59,6 @@ CONFLICTS = (
     "nothing can be applied while there are conflicts. A version never changes its meaning: undo the edit, or raise "
     "version=... and both are served side by side"
 )
-
-
-class Verbs(click.Group):
-    """A group whose errors are messages, not tracebacks, and whose verbs stand in the order of their use."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except FeatserveError as error:
-            show_error(error)
-            ctx.exit(1)
-        except KeyboardInterrupt:
-            note("Interrupted.", "")
-            ctx.exit(130)
 
 
 def instant(text: str) -> datetime:
@@ -122,16 +100,7 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 server = click.option("--server", "target", type=address, metavar="HOST:PORT", help="Ask this running server.")
 
 
-@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(featserve.__version__, prog_name="featserve", message="%(prog)s %(version)s")
-def main() -> None:
-    """Define features, load them, and serve them to models over gRPC.
-
-    Start with `featserve init FOLDER`: it makes a small project that works, and says what to try.
-    """
-
-
-@main.command()
+@click.command()
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path), default=".")
 def init(folder: Path) -> None:
     """Make a small, commented project that works at once.
@@ -149,7 +118,7 @@ def init(folder: Path) -> None:
         click.echo(f"  {command:<42}  # {what}" if what else f"  {command}")
 
 
-@main.command()
+@click.command()
 @project
 @click.option("--detailed-exitcode", is_flag=True, help="Exit with 2 where there is something to apply.")
 @click.pass_context
@@ -178,7 +147,7 @@ def plan(ctx: click.Context, folder: Path, detailed_exitcode: bool) -> None:
         ctx.exit(2)
 
 
-@main.command()
+@click.command()
 @project
 def apply(folder: Path) -> None:
     """Publish the project's definitions.
@@ -213,7 +182,7 @@ def user() -> str:
         return str(os.getuid())
 
 
-@main.command()
+@click.command()
 @click.argument("views", nargs=-1, metavar="[VIEW]...")
 @project
 @click.option(
@@ -242,7 +211,7 @@ def materialize(ctx: click.Context, views: tuple[str, ...], folder: Path, as_of:
     ctx.exit(load_views(settings(folder), views, as_of, target))
 
 
-@main.command()
+@click.command()
 @project
 @click.option("--host", help="The address to listen on, instead of that in featserve.toml.")
 @click.option("--port", type=click.IntRange(0, 65_535), help="The port, instead of that in featserve.toml; 0: any.")
@@ -279,7 +248,7 @@ def tell_served(config: Config, address: str) -> None:
     show(f"Ctrl-C or `kill {os.getpid()}` stops it.")
 
 
-@main.command()
+@click.command()
 @click.argument("service")
 @click.argument("keys", nargs=-1, metavar="[KEY=VALUE]...")
 @project
@@ -346,7 +315,7 @@ def get(
         show_stages(stages.timed(), matrix.schema, took_ns, target)
 
 
-@main.command()
+@click.command()
 @click.argument("name", required=False)
 @project
 @server
@@ -377,7 +346,7 @@ def describe(name: str | None, folder: Path, target: str | None, as_json: bool) 
         show_definition(definition)
 
 
-@main.command("list")
+@click.command("list")
 @project
 @server
 @as_json
@@ -408,7 +377,7 @@ def applied(folder: Path) -> Snapshot:
         return registry.snapshot()
 
 
-@main.command()
+@click.command()
 @project
 @click.option("--count", is_flag=True, help="Count the rows that the store has now; this reads all of its keys.")
 @as_json
@@ -422,7 +391,7 @@ def status(folder: Path, count: bool, as_json: bool) -> None:
     show_status(settings(folder), count=count, as_json=as_json)
 
 
-@main.command()
+@click.command()
 @click.argument("name", required=False)
 @project
 @as_json
