@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast lint types format protos protos-accept bench lock clean
+.PHONY: help setup demo serve test test-fast lint types format protos protos-accept bench bench-peers counts counts-accept lock clean
 
 # The first Python on the path that is new enough; `make PYTHON=/path/to/python3 ...` names another.
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
@@ -55,12 +55,21 @@ protos-accept: .venv/.dev  ## The same, and let a breaking change pass (only for
 bench: .venv/.dev  ## Measure, and print what was measured
 	@$(BIN)/python -m bench $(ARGS)
 
+bench-peers: .venv/.dev  ## Measure featserve beside Feast and Redis, for half an hour (ARGS=--brief: some minutes)
+	@$(BIN)/python -m bench.peers $(ARGS)
+
+counts: .venv/.dev  ## Count the instructions and allocations of a request; fails where they are more than they were
+	@$(BIN)/python -m bench.counts
+
+counts-accept: .venv/.dev  ## Make what is counted now what `make counts` compares with
+	@$(BIN)/python -m bench.counts --accept
+
 lock: .venv/.dev  ## Pin the newest versions that pyproject.toml and requirements/ allow
 	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --upgrade --all-extras \
 		--custom-compile-command "make lock" --output-file requirements.lock pyproject.toml requirements/*.in
 
 clean:  ## Remove everything that can be made again, .venv included
-	@rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	@rm -rf .venv .peers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	@find . -name __pycache__ -prune -exec rm -rf {} +
 
 # What the example runs with: the server, training, and the flights. Pinned by the lock file, whole (.dev) or in part

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import bulk_load, in_process, memory, project, report, server, telemetry, transform
+from bench import bulk_load, in_process, memory, overload, project, report, server, telemetry, transform, writes
 from bench.report import ROOT, Figure
 
 
@@ -58,10 +58,14 @@ BENCHES: dict[str, tuple[str, Callable[[Path], list[Figure]]]] = {
     "telemetry": ("Traces and metrics: requests per second beside none of them", telemetry.measure),
     "in_process": ("In process: the same view, no server", in_process.measure),
     "memory": ("Memory of a server", memory.measure),
+    "overload": ("Overload: requests arrive at multiples of the peak rate", overload.measure),
+    "writes": ("Reads while 10,000 rows/s are written: 500 requests/s at random instants", writes.measure),
     "pieces": ("Pieces: median of each", pieces),
     "transform": ("A transform, in process: what it adds to a request", transform.measure),
     "offline_join": ("Training join: 10 million rows, 1 million labels", temporal_join),
 }
+PROJECT = ("bulk_load", "server", "in_process", "memory", "overload", "writes")
+"""Those that use the project of a million entities."""
 
 
 def main() -> None:
@@ -77,7 +81,7 @@ def main() -> None:
         measured: dict[str, Any] = {"machine": report.machine(), "figures": {}}
         for name in names:
             title, measure = BENCHES[name]
-            if name in ("bulk_load", "server", "in_process", "memory"):
+            if name in PROJECT:
                 prepare(folder, loaded=name != "bulk_load")
             figures = measure(folder)
             report.show(title, figures)

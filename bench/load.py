@@ -10,13 +10,15 @@ from __future__ import annotations
 import selectors
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from bench.project import KEY, SERVICE
 from featserve._proto import serving_pb2 as pb
+from featserve.batch import Int64s
 from featserve.types import Int64
 from featserve.wire import FULL_METHOD
 
@@ -54,13 +56,22 @@ def latencies_us(call: Callable[[int], object], calls: int) -> tuple[float, floa
     return float(p50), float(p99)
 
 
+def request(entities: Int64s) -> bytes:
+    """Return a GetFeaturesRequest for these entities."""
+    column = pb.Column(name=KEY, type=Int64.code, data=entities.tobytes())  # type: ignore[arg-type]
+    return pb.GetFeaturesRequest(service=SERVICE, keys=[column]).SerializeToString()
+
+
+def framed(message: bytes) -> bytes:
+    """Return a message as gRPC sends it: not compressed, and its length."""
+    return b"\0" + len(message).to_bytes(4, "big") + message
+
+
 def bodies(keys: int, entities: int, seed: int) -> Iterator[bytes]:
     """Yield without end gRPC messages that ask for ``keys`` random entities each."""
     random = np.random.default_rng(seed)
-    marker = b"\xff" * 8 * keys
-    column = pb.Column(name=KEY, type=Int64.code, data=marker)  # type: ignore[arg-type]
-    message = pb.GetFeaturesRequest(service=SERVICE, keys=[column]).SerializeToString()
-    head, tail = (b"\0" + len(message).to_bytes(4, "big") + message).split(marker)
+    marker = np.full(keys, -1)
+    head, tail = framed(request(marker)).split(marker.tobytes())
     while True:
         data = random.integers(0, entities, 10_000 * keys).tobytes()
         for at in range(0, len(data), 8 * keys):
@@ -82,32 +93,59 @@ def run(
     Each of ``connections`` has one request under way. Ends after ``seconds``, or after ``requests`` answers. Raises
     RuntimeError for an answer that is none, or when no answer comes for ten seconds.
     """
-    waiting = selectors.DefaultSelector()
     messages = bodies(keys, entities, seed)
-    opened = [_Connection(address, messages) for _ in range(connections)]
-    for connection in opened:
-        waiting.register(connection.socket, selectors.EVENT_READ, connection)
-        connection.ask()
-    started = time.perf_counter()
-    answered = 0
-    while answered < requests and time.perf_counter() - started < seconds:
-        ready = waiting.select(10)
-        if not ready:
-            raise RuntimeError(f"{address} did not answer for ten seconds")
-        answered += sum(key.data.receive() for key, _ in ready)
-    elapsed = time.perf_counter() - started
-    waiting.close()
-    for connection in opened:
-        connection.socket.close()
+    opened = [Http2Connection(address, messages) for _ in range(connections)]
+    elapsed_s = drive(opened, lambda answered, elapsed_s: answered >= requests or elapsed_s >= seconds)
     latencies_us = np.array([latency for connection in opened for latency in connection.latencies_s]) * 1e6
     p50_us, p99_us = np.percentile(latencies_us, (50, 99))
-    return Measured(len(latencies_us), elapsed, float(p50_us), float(p99_us))
+    return Measured(len(latencies_us), elapsed_s, float(p50_us), float(p99_us))
 
 
-class _Connection:
+class Connection(Protocol):
     """One connection: sends a request, and another for each that is answered."""
 
-    def __init__(self, address: str, messages: Iterator[bytes]) -> None:
+    socket: socket.socket
+    latencies_s: list[float]
+
+    def ask(self) -> None:
+        """Send a request."""
+        ...
+
+    def receive(self) -> int:
+        """Take what has come, send a request for each answer that is whole, and return how many are."""
+        ...
+
+
+def drive(opened: Sequence[Connection], ended: Callable[[int, float], bool]) -> float:
+    """Keep all connections busy until ``ended(answered, seconds)``; close them, and return the seconds."""
+    with selectors.DefaultSelector() as waiting:
+        for connection in opened:
+            waiting.register(connection.socket, selectors.EVENT_READ, connection)
+            connection.ask()
+        started = time.perf_counter()
+        answered = 0
+        while not ended(answered, time.perf_counter() - started):
+            ready = waiting.select(10)
+            if not ready:
+                raise RuntimeError("no answer came for ten seconds")
+            answered += sum(key.data.receive() for key, _ in ready)
+        elapsed_s = time.perf_counter() - started
+    for connection in opened:
+        connection.socket.close()
+    return elapsed_s
+
+
+class Http2Connection:
+    """A connection that speaks gRPC. ``messages``: framed. ``length_varies``: answers need not be of one length."""
+
+    def __init__(
+        self,
+        address: str,
+        messages: Iterator[bytes],
+        method: str = f"{FULL_METHOD}GetFeatures",
+        *,
+        length_varies: bool = False,
+    ) -> None:
         host, port = address.rsplit(":", 1)
         self.socket = socket.create_connection((host, int(port)))
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -115,25 +153,26 @@ class _Connection:
         self.socket.sendall(PREFACE + _frame(SETTINGS, 0, 0, settings) + _window(WINDOW - 65_535))
         self.latencies_s: list[float] = []
         self._messages = messages
-        self._headers, self._next_headers = _header_blocks(address)
+        self._length_varies = length_varies
+        self._headers, self._next_headers = _header_blocks(address, method)
         self._stream = -1
         self._asked_s = 0.0
         self._received = self._expected = self._since_window = 0
         self._rest = b""
 
     def ask(self) -> None:
-        self._stream += 2
         self._received = 0
-        body = next(self._messages)
-        frames = _frame(HEADERS, END_HEADERS, self._stream, self._headers) + _frame(
-            DATA, END_STREAM, self._stream, body
-        )
-        self._headers = self._next_headers
         self._asked_s = time.perf_counter()
-        self.socket.sendall(frames)
+        self._send(next(self._messages))
+
+    def _send(self, body: bytes) -> None:
+        """Send a request, on the next stream."""
+        self._stream += 2
+        headers = _frame(HEADERS, END_HEADERS, self._stream, self._headers)
+        self.socket.sendall(headers + _frame(DATA, END_STREAM, self._stream, body))
+        self._headers = self._next_headers
 
     def receive(self) -> int:
-        """Take the frames that have come; return how many answers are whole."""
         data = self.socket.recv(FRAME_BYTES)
         if not data:
             raise RuntimeError("the server closed the connection")
@@ -143,12 +182,26 @@ class _Connection:
             stop = at + 9 + int.from_bytes(data[at : at + 3], "big")
             if stop > len(data):
                 break
-            answered += self._take(data[at + 3], data[at + 4], data[at + 9 : stop])
+            stream = int.from_bytes(data[at + 5 : at + 9], "big")
+            answered += self._take(data[at + 3], data[at + 4], stream, data[at + 9 : stop])
             at = stop
         self._rest = data[at:]
         return answered
 
-    def _take(self, kind: int, flags: int, payload: bytes) -> bool:
+    def _take(self, kind: int, flags: int, stream: int, payload: bytes) -> bool:
+        """Take a frame; say whether it is the end of a request that was answered."""
+        self._keep_up(kind, flags, payload)
+        if kind not in (DATA, HEADERS) or not flags & END_STREAM:
+            return False
+        self.latencies_s.append(time.perf_counter() - self._asked_s)
+        self._expected = self._expected or self._received
+        if not self._received or (self._received != self._expected and not self._length_varies):
+            raise RuntimeError(f"an answer of {self._received} bytes, {self._expected} expected: {payload!r}")
+        self.ask()
+        return True
+
+    def _keep_up(self, kind: int, flags: int, payload: bytes) -> None:
+        """Do what a frame asks of the connection."""
         if kind == DATA:
             self._received += len(payload)
             self._since_window += len(payload)
@@ -159,14 +212,6 @@ class _Connection:
             self.socket.sendall(_frame(kind, ACK, 0, payload if kind == PING else b""))
         elif kind in (RESET, GOAWAY):
             raise RuntimeError(f"the server ended a request or the connection: {payload!r}")
-        if kind not in (DATA, HEADERS) or not flags & END_STREAM:
-            return False
-        self.latencies_s.append(time.perf_counter() - self._asked_s)
-        self._expected = self._expected or self._received
-        if not self._received or self._received != self._expected:
-            raise RuntimeError(f"an answer of {self._received} bytes, {self._expected} expected: {payload!r}")
-        self.ask()
-        return True
 
 
 def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
@@ -177,13 +222,13 @@ def _window(size: int) -> bytes:
     return _frame(WINDOW_UPDATE, 0, 0, size.to_bytes(4, "big"))
 
 
-def _header_blocks(address: str) -> tuple[bytes, bytes]:
+def _header_blocks(address: str, method: str) -> tuple[bytes, bytes]:
     """Return the headers of a connection's first request, which the server remembers, and those of the others, which
-    refer to them (RFC 7541: 0x40 adds a header to the table, whose newest is number 62).
+    refer to them in the same order (RFC 7541: 0x40 adds a header to the table, whose newest is number 62).
     """
     headers = [
         (":authority", address),
-        (":path", f"{FULL_METHOD}GetFeatures"),
+        (":path", method),
         ("content-type", "application/grpc"),
         ("te", "trailers"),
         ("grpc-timeout", "5S"),  # as our own client, and every careful one, sends
@@ -191,4 +236,4 @@ def _header_blocks(address: str) -> tuple[bytes, bytes]:
     ]
     post_http = b"\x83\x86"
     first = b"".join(b"\x40" + bytes([len(n)]) + n.encode() + bytes([len(v)]) + v.encode() for n, v in headers)
-    return post_http + first, post_http + bytes(0x80 | 62 + i for i in range(len(headers)))
+    return post_http + first, post_http + bytes(0x80 | 62 + i for i in reversed(range(len(headers))))

@@ -14,6 +14,10 @@ has_java() {
     [[ -n "$version" ]] && ((version >= 17))
 }
 
+has_valgrind() {
+    command -v valgrind >/dev/null
+}
+
 packages=()
 need() {
     packages+=("$1")
@@ -21,6 +25,7 @@ need() {
 }
 has_postgresql || need postgresql "the registry's tests start a PostgreSQL server of their own"
 has_java || need default-jre-headless "the tests of Spark need Java 17 or newer"
+has_valgrind || need valgrind "make counts counts instructions with it"
 ((${#packages[@]})) || exit 0
 
 give_up() {
@@ -42,3 +47,4 @@ echo "tests/setup.sh: installing ${packages[*]} with apt-get"
 "${as_root[@]}" apt-get -qq install --yes --no-install-recommends "${packages[@]}" >/dev/null || give_up "apt-get install failed"
 has_postgresql || give_up "PostgreSQL's initdb is still not to be found"
 has_java || give_up "Java 17 or newer is still not to be found${JAVA_HOME:+ in JAVA_HOME=$JAVA_HOME}"
+has_valgrind || give_up "valgrind is still not to be found"

@@ -1,0 +1,1 @@
+"""featserve beside what else one would use, in one run: ``python -m bench.peers`` (``make bench-peers``)."""

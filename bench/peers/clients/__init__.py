@@ -1,0 +1,1 @@
+"""The clients, each a process in the environment of what it asks: they import its packages, NumPy, and ``driver``."""

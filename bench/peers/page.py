@@ -1,0 +1,112 @@
+"""The page in the documentation: tables, plots, and how to get them again. All its numbers come from one run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure as Drawing
+
+from bench.peers.rounds import KEYS, Cell, Cells, Length
+from bench.report import Figure, number
+
+PLOT = "benchmarks.svg"
+METHOD = """\
+Every system holds the same rows, 50 features of an entity, and is asked by a client on the same machine for entities
+drawn evenly at random. Systems take turns in short rounds, so that what else the machine does meets all alike.
+
+Latency is that of one call after the other from Python, through the system's own client, until the caller has the
+values; for Feast that is its parsed message. Throughput is that of eight connections, each with one request under way.
+There a small program sends requests that were encoded before to every server that speaks gRPC or HTTP, as a client in
+Python would be slower than what it measures. Redis is asked by eight threads of redis-py, so its figure includes its
+client. It is redis-py as `pip install redis` brings it, and with hiredis, its parser in C, where that is said.
+
+Feast runs as `feast listen` and `feast serve` start it, one process each, over Redis, and holds {feast_entities:,}
+entities, as its API writes a few thousand rows a second; the others hold {entities:,}. Features are float32 in Feast
+and in Redis, where they are packed; featserve stores float64 and answers float32. The bare handler is a gRPC method
+that does the same look-up as featserve and checks nothing."""
+
+
+def write(folder: Path, cells: Cells, targets: list[Figure], told: dict[str, Any], length: Length) -> Path:
+    """Write benchmarks.md and its plot to ``folder``; return its path. ``told``: the machine, and what is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn(cells).savefig(folder / PLOT, metadata={"Date": None})
+    page = folder / "benchmarks.md"
+    page.write_text("\n".join(_lines(cells, targets, told, length)) + "\n", encoding="utf-8")
+    return page
+
+
+def _lines(cells: Cells, targets: list[Figure], told: dict[str, Any], length: Length) -> Iterator[str]:
+    machine = told["machine"]
+    names = list(dict.fromkeys(name for name, _, _ in cells))
+    yield from (
+        "# featserve beside its peers",
+        "",
+        "<!-- Written by `make bench-peers`: edit bench/peers/page.py. -->",
+        "",
+    )
+    yield from (METHOD.format(**told), "")
+    yield f"Measured at {machine['at']} on {machine['cpus']} x {machine['cpu']}, {machine['system']}, Python"
+    yield f"{machine['python']}; {', '.join(f'{name} {at}' for name, at in told['versions'].items())}. Rounds:"
+    yield f"{length.rounds}; the load average before was {machine['load_average'][0]:.1f}. Absolute times are this"
+    yield from ("machine's; ratios carry further.", "")
+    for name, why in told["missing"].items():
+        yield from (f"**Not measured: {name}.** {why.strip().splitlines()[0]}", "")
+    yield from ("![p50 and throughput of all systems](benchmarks.svg)", "", "## Latency of one call, µs", "")
+    yield from _table(cells, names, 1, _latency)
+    yield from ("", "p50 and p99; — where fewer than 100 calls lie beyond it.", "")
+    yield from ("## Answers a second at eight connections", "")
+    yield from _table(cells, names, 8, _throughput)
+    yield from ("", "In brackets the p99 of a call in µs, eight at once.", "", "## Ratios", "")
+    yield from ("| | measured | target | | of |", "|---|--:|--:|---|---|")
+    for f in targets:
+        assert f.target is not None
+        bound = f"{'at most' if f.at_most else 'at least'} {number(f.target)}"
+        yield f"| {f.name} | {number(f.value)} | {bound} | {f.verdict} | {f.note.replace(' us', ' µs')} |"
+    yield from ("", "Ratios are medians over the rounds; those of a p99 are of all calls.", "", "## Again", "")
+    yield from ("```", "apt-get install redis-server", "make bench-peers", "```", "")
+    yield "It installs each peer in an environment of its own in `.peers/`, of the versions that"
+    yield "`bench/peers/requirements/` pins, and writes this page and `bench/results/peers.json`. `ARGS=--brief`"
+    yield "takes a few minutes, tells fewer quantiles, and leaves this page alone."
+
+
+def _table(cells: Cells, names: list[str], connections: int, cell_of: Any) -> Iterator[str]:
+    yield f"| | {' | '.join(f'{keys} key' if keys == 1 else f'{keys} keys' for keys in KEYS)} |"
+    yield f"|---|{'--:|' * len(KEYS)}"
+    for name in names:
+        found = [cells.get((name, keys, connections)) for keys in KEYS]
+        if any(found):
+            yield f"| {name} | {' | '.join('' if cell is None else cell_of(cell) for cell in found)} |"
+
+
+def _latency(cell: Cell) -> str:
+    return f"{number(cell.p50_us)} / {_or_dash(cell.told_us('p99'))}"
+
+
+def _throughput(cell: Cell) -> str:
+    return f"{number(cell.rate)} ({_or_dash(cell.told_us('p99'))})"
+
+
+def _or_dash(value: float | None) -> str:
+    return "—" if value is None else number(value)
+
+
+def drawn(cells: Cells) -> Drawing:
+    """Return two plots over the number of keys: the p50 of one call, and answers a second at eight connections."""
+    figure = Drawing(figsize=(11, 4.8), layout="constrained")
+    latency, throughput = figure.subplots(1, 2)
+    for at, name in enumerate(dict.fromkeys(name for name, _, _ in cells)):
+        for axes, connections in ((latency, 1), (throughput, 8)):
+            found = [(keys, cells[name, keys, connections]) for keys in KEYS if (name, keys, connections) in cells]
+            values = [cell.p50_us if connections == 1 else cell.rate for _, cell in found]
+            if found:
+                axes.plot([keys for keys, _ in found], values, "o-", color=f"C{at}", label=name, markersize=4)
+    for axes, title in ((latency, "p50 of one call, µs"), (throughput, "answers a second at eight connections")):
+        axes.set(xscale="log", yscale="log", xlabel="keys of a request")
+        axes.set_xticks(KEYS, [str(keys) for keys in KEYS])
+        axes.set_title(title, loc="left")
+        axes.grid(color="#e4e4e4", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*latency.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    return figure

@@ -1,0 +1,58 @@
+"""The ratios that were promised, each of values measured in one run."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+
+from bench.peers.rounds import Cells
+from bench.report import Figure, number
+
+HERE, NATIVE, GRPCIO = "featserve, in process", "featserve, native", "featserve, grpcio"
+BLOBS, BLOBS_HIREDIS = "Redis, packed blobs (MGET)", "Redis, packed blobs (MGET), hiredis"
+FEAST = "Feast, gRPC"
+
+
+def figures(cells: Cells) -> list[Figure]:
+    """Return each ratio whose two sides were measured."""
+    return [
+        *(
+            each
+            for blobs in (BLOBS, BLOBS_HIREDIS)
+            for ours, keys, most in ((HERE, 1, 1 / 8), (HERE, 100, 1.0), (NATIVE, 100, 4.0), (GRPCIO, 100, 4.0))
+            for each in _latency(cells, ours, blobs, keys, most)
+        ),
+        *_throughput(cells, NATIVE, FEAST, 1, 80.0),
+        *_throughput(cells, NATIVE, FEAST, 100, 150.0),
+        *_tail(cells, NATIVE, FEAST, 1, 1 / 50),
+        *_tail(cells, NATIVE, FEAST, 100, 1 / 50),
+    ]
+
+
+def _told(keys: int) -> str:
+    return f"{keys} {'key' if keys == 1 else 'keys'}"
+
+
+def _latency(cells: Cells, ours: str, theirs: str, keys: int, most: float) -> Iterator[Figure]:
+    a, b = cells.get((ours, keys, 1)), cells.get((theirs, keys, 1))
+    if a is not None and b is not None:
+        ratio = statistics.median(x / y for x, y in zip(a.p50s_us, b.p50s_us, strict=False))
+        note = f"{number(a.p50_us)} us to {number(b.p50_us)} us"
+        yield Figure(f"p50 of {ours} to {theirs}, {_told(keys)}", ratio, "", most, at_most=True, note=note)
+
+
+def _throughput(cells: Cells, ours: str, theirs: str, keys: int, least: float) -> Iterator[Figure]:
+    a, b = cells.get((ours, keys, 8)), cells.get((theirs, keys, 8))
+    if a is not None and b is not None:
+        ratio = statistics.median(x / y for x, y in zip(a.rates, b.rates, strict=False))
+        note = f"{number(a.rate)}/s to {number(b.rate)}/s"
+        yield Figure(f"answers/s of {ours} to {theirs}, {_told(keys)}", ratio, "", least, note=note)
+
+
+def _tail(cells: Cells, ours: str, theirs: str, keys: int, most: float) -> Iterator[Figure]:
+    a, b = cells.get((ours, keys, 8)), cells.get((theirs, keys, 8))
+    p99s = [None if cell is None else cell.told_us("p99") for cell in (a, b)]
+    if p99s[0] is not None and p99s[1] is not None:
+        note = f"{number(p99s[0])} us to {number(p99s[1])} us, 8 at once"
+        name = f"p99 of {ours} to {theirs}, {_told(keys)}"
+        yield Figure(name, p99s[0] / p99s[1], "", most, at_most=True, note=note)
