@@ -1,12 +1,13 @@
 """Where windows start: the one place that turns a window and an instant into an event time, for both paths.
 
 A window at T holds the events with ``start <= event_time <= T``, in microseconds, whatever its kind. Hops and local
-periods, of which online records keep one partial each, are numbered: a window is a run of such numbers up to T's.
-Instants are int64 microseconds since the Unix epoch.
+periods, of which online records keep one partial each, are numbered: a window is a run of such numbers up to T's. To a
+rolling window each microsecond is a period. Instants are int64 microseconds since the Unix epoch.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
 from functools import lru_cache
@@ -35,26 +36,52 @@ def starts(window: Window, time_us: Int64s) -> Int64s:
     return each(lambda number: period_start_us(window, number - window.n + 1), periods(window, time_us))
 
 
-def periods(window: Hopping | Calendar, time_us: Int64s) -> Int64s:
+def periods(window: Window, time_us: Int64s) -> Int64s:
     """Return the number of the hop or of the local period that each instant lies in, int64 of shape (n,)."""
+    if isinstance(window, Rolling):
+        return time_us
     if isinstance(window, Hopping):
         return time_us // window.hop_us
     days = np.clip(time_us, LEAST_US, MOST_US) // DAY_US
     numbers = np.empty(len(time_us), np.int64)
     for day in np.unique(days).tolist():
-        # A local date differs from that of UTC by a day at most; a month or a week may begin at any of the three.
-        first = _period_of_day(window, EPOCH + day - 1)
-        begins = [period_start_us(window, number) for number in range(first + 1, first + 4)]
+        first, begins = _periods_near(window, day)
         here = days == day
         numbers[here] = first + np.searchsorted(begins, np.clip(time_us[here], LEAST_US, MOST_US), side="right")
     return numbers
 
 
-def first_periods(window: Hopping | Calendar, time_us: Int64s) -> Int64s:
+def first_periods(window: Window, time_us: Int64s) -> Int64s:
     """Return the number of the first hop or local period that a window at each instant holds, int64 of shape (n,)."""
+    if isinstance(window, Rolling):
+        return starts(window, time_us)
     if isinstance(window, Hopping):
         return periods(window, time_us) - window.duration_us // window.hop_us
     return periods(window, time_us) - window.n + 1
+
+
+def first_period(window: Window, time_us: int) -> tuple[int, int]:
+    """Return what ``first_periods`` and ``starts`` say of one instant, in a fraction of their time."""
+    if isinstance(window, Rolling):
+        start_us = max(time_us - window.duration_us + 1, FIRST_US)
+        return start_us, start_us
+    if isinstance(window, Hopping):
+        number = (time_us - window.duration_us) // window.hop_us
+        return number, max(number * window.hop_us, FIRST_US)
+    time_us = min(max(time_us, LEAST_US), MOST_US)
+    first, begins = _periods_near(window, time_us // DAY_US)
+    number = first + bisect_right(begins, time_us) - window.n + 1
+    return number, period_start_us(window, number)
+
+
+@lru_cache(maxsize=4_096)
+def _periods_near(window: Calendar, day: int) -> tuple[int, tuple[int, ...]]:
+    """Return the number of a local period, and when each of the next begins that may on a day of UTC.
+
+    A local date differs from that of UTC by a day at most; a month or a week may begin at any of the three.
+    """
+    first = _period_of_day(window, EPOCH + day - 1)
+    return first, tuple(period_start_us(window, number) for number in range(first + 1, first + 4))
 
 
 @lru_cache(maxsize=65_536)
