@@ -6,7 +6,7 @@ arrival. Batch read and batch write are the primitives; backends are named only 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal, Protocol
@@ -14,6 +14,9 @@ from typing import Literal, Protocol
 from featserve.codec import STAMP
 
 Access = Literal["write", "read", "follow"]
+
+
+Change = Callable[[list[bytes | None]], Mapping[bytes, bytes | None]]
 
 
 class Load(Protocol):
@@ -40,6 +43,19 @@ class OnlineStore(Protocol):
         Keys may repeat. On return the rows would survive the death of the process, or with the durability "fsync"
         that of the machine. Safe to call from several threads.
         """
+
+    def update(self, keys: Sequence[bytes], change: Change) -> None:
+        """Read ``keys``, write what ``change`` makes of their rows, remove the keys that it gives None; atomically.
+
+        One update runs at a time. ``change`` may read the store; nothing is written where it raises. As durable as
+        ``write_many``. Stamps are not compared.
+        """
+
+    def updating(self) -> AbstractContextManager[None]:
+        """Hold off the updates of other threads until the context ends."""
+
+    def keys(self, first: bytes, end: bytes) -> Iterator[bytes]:
+        """Yield the keys from ``first`` on that come before ``end``, in order."""
 
     def load(self) -> AbstractContextManager[Load]:
         """Start a bulk load; it becomes visible as a whole when the context ends, and not at all on an error.

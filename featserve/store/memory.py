@@ -5,11 +5,12 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 from featserve.codec import STAMP
 from featserve.errors import StoreError
-from featserve.store import Load, newest
+from featserve.store import Change, Load, newest
 
 
 class MemoryStore:
@@ -17,7 +18,7 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self._rows: dict[bytes, bytes] | None = {}
-        self._lock = threading.Lock()
+        self._lock, self._updates = threading.Lock(), threading.RLock()
         self._identity, self._sequence = secrets.token_hex(4), 0
 
     def read_many(self, keys: list[bytes]) -> list[bytes | None]:
@@ -34,6 +35,24 @@ class MemoryStore:
             stored.update(won)
             self._sequence += bool(won)
             return len(won)
+
+    def update(self, keys: Sequence[bytes], change: Change) -> None:
+        with self._updates:
+            changed = change(self.read_many(list(keys)))
+            with self._lock:
+                stored = self._open()
+                for key, row in changed.items():
+                    if row is None:
+                        stored.pop(key, None)
+                    else:
+                        stored[key] = row
+                self._sequence += bool(changed)
+
+    def updating(self) -> AbstractContextManager[Any]:
+        return self._updates
+
+    def keys(self, first: bytes, end: bytes) -> Iterator[bytes]:
+        return iter(sorted(key for key in list(self._open()) if first <= key < end))
 
     @contextmanager
     def load(self) -> Iterator[Load]:

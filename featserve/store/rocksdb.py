@@ -22,16 +22,17 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import compress, islice
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import rocksdict
 
 from featserve.codec import STAMP
 from featserve.errors import StoreError, StoreFull, StoreLocked
-from featserve.store import Access, newest
+from featserve.store import Access, Change, newest
 
 FORMAT_KEY = b"\x00featserve"
 FORMAT = b"rows 1"
@@ -59,7 +60,7 @@ class RocksStore:
         count_lookups: bool = False,
     ) -> None:
         self.path = path
-        self._lock = threading.Lock()
+        self._lock, self._updates = threading.Lock(), threading.RLock()
         self._loads: set[_Load] = set()
         self._options = _options(block_cache_mb, row_cache_mb)
         if count_lookups:
@@ -137,6 +138,26 @@ class RocksStore:
             for load in self._loads:
                 load.touched.update(names)
         return stored
+
+    def update(self, keys: Sequence[bytes], change: Change) -> None:
+        self._check_writable()
+        batch = rocksdict.WriteBatch(raw_mode=True)
+        with self._updates:
+            for key, row in change(self.read_many(list(keys))).items():
+                if row is None:
+                    batch.delete(key)
+                else:
+                    batch.put(key, row)
+            if batch.len():
+                with self._lock:
+                    self._write(batch)
+
+    def updating(self) -> AbstractContextManager[Any]:
+        return self._updates
+
+    def keys(self, first: bytes, end: bytes) -> Iterator[bytes]:
+        with translated(f"cannot read the store at {self.path}"):
+            yield from _keys(self._opened(), first, lambda key: key < end)
 
     def _write(self, batch: rocksdict.WriteBatch) -> None:
         """Write a batch and its number, under the lock."""

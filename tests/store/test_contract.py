@@ -365,3 +365,50 @@ def test_closed(store: OnlineStore) -> None:
     ):
         with pytest.raises(StoreError, match=r"the store.* is closed"):
             use()
+
+
+def test_an_update_sees_what_is_there_and_writes_all_of_its_change(store: OnlineStore) -> None:
+    """It is given the row of each key, puts and removes whatever the stamps, and where it raises nothing is written."""
+    store.write_many([b"a", b"b"], [row((9, 9, 9), b"a"), row((9, 9, 9), b"b")])
+    before = store.sequence()
+    seen: list[list[bytes | None]] = []
+
+    def change(found: list[bytes | None]) -> dict[bytes, bytes | None]:
+        seen.append(found)
+        return {b"a": row((1, 1, 1), b"new"), b"b": None, b"c": b"short", b"not asked": b""}
+
+    store.update([b"b", b"c"], change)
+    assert seen == [[row((9, 9, 9), b"b"), None]]
+    assert store.read_many([b"a", b"b", b"c", b"not asked"]) == [row((1, 1, 1), b"new"), None, b"short", b""]
+    assert store.sequence() == before + 1
+    with pytest.raises(ZeroDivisionError):
+        store.update([b"a"], lambda found: {b"a": None, b"c": bytes(1 // 0)})
+    store.update([b"a"], lambda found: {})
+    assert store.read_many([b"a"]) == [row((1, 1, 1), b"new")]
+    assert store.sequence() == before + 1
+
+
+def test_updates_of_many_threads_are_as_if_one_came_after_the_other(store: OnlineStore) -> None:
+    """Four threads add one to a number a hundred times each, while another holds updates off: none is lost."""
+
+    def add() -> None:
+        for _ in range(100):
+            store.update([b"n"], lambda found: {b"n": bytes(len(found[0] or b"") + 1)})
+
+    threads = [threading.Thread(target=add) for _ in range(4)]
+    with store.updating():
+        for thread in threads:
+            thread.start()
+        store.update([b"n"], lambda found: {b"n": b"12345"})  # its own go through
+        assert store.read_many([b"n"]) == [b"12345"]
+    for thread in threads:
+        thread.join()
+    assert store.read_many([b"n"]) == [bytes(405)]
+
+
+def test_keys_come_in_order(store: OnlineStore) -> None:
+    """From the first on, before the end."""
+    names = [bytes([1, n]) for n in (0, 3, 7, 255)]
+    store.write_many([*names, b"\x02"], [row((1, 1, 1))] * 5)
+    assert list(store.keys(b"\x01", b"\x02")) == names
+    assert list(store.keys(b"\x01\x03", b"\x01\x07")) == [names[1]]
