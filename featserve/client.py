@@ -18,10 +18,9 @@ from typing import Any, Self, TypeVar
 import grpc
 
 from featserve import errors
-from featserve._proto import errors_pb2
 from featserve._proto import serving_pb2 as pb
 from featserve.batch import Written
-from featserve.errors import FeatserveError, InvalidRequest, Violation, invalid
+from featserve.errors import FeatserveError, InvalidRequest, invalid
 from featserve.frames import Frame, request_of, rows_of
 from featserve.matrix import FeatureMatrix
 from featserve.schema import ServiceSchema, ServiceSummary
@@ -29,6 +28,7 @@ from featserve.stages import Stages
 from featserve.types import Type, to_us
 from featserve.wire import (
     FULL_METHOD,
+    decode_error,
     decode_matrix,
     decode_schema,
     decode_stages,
@@ -329,12 +329,4 @@ def translated(error: Any, target: str) -> FeatserveError:
         if "message larger than max" in (error.details() or ""):  # gRPC has no other sign of it
             return errors.TooLarge(f"{target}: {error.details()}. Send several requests")
         return kind(f"{target}: {error.code().name}: {error.details()}")
-    info, bad = errors_pb2.ErrorInfo(), errors_pb2.BadRequest()
-    for detail in errors_pb2.ErrorStatus.FromString(details).details:
-        if detail.type_url.endswith("/google.rpc.ErrorInfo"):
-            info.MergeFromString(detail.value)
-        elif detail.type_url.endswith("/google.rpc.BadRequest"):
-            bad.MergeFromString(detail.value)
-    violations = [Violation(v.field, v.description) for v in bad.field_violations]
-    kind = errors.by_reason(info.reason) or kind
-    return kind(str(error.details()), violations=violations, metadata=dict(info.metadata))
+    return decode_error(details, str(error.details()), kind)

@@ -67,12 +67,14 @@ class RegistryConfig:
 @dataclass(frozen=True, slots=True)
 class StoreConfig:
     """``[store]``. ``path``: the online store's folder. ``durability``: what an acknowledged write survives, the
-    death of the "process" or of the machine ("fsync"). ``block_cache_mb`` and ``row_cache_mb``: memory for reads."""
+    death of the "process" or of the machine ("fsync"). ``block_cache_mb`` and ``row_cache_mb``: memory for reads, that
+    of all workers together. ``catch_up_ms``: how often who follows the store looks for what was written."""
 
     path: Path = Path(".featserve/store")
     durability: str = field(default="process", metadata={"choices": ("process", "fsync")})
     block_cache_mb: int = between(512, 1, 2**20)
     row_cache_mb: int = between(64, 0, 2**20)
+    catch_up_ms: float = between(2.0, 0.1, 3_600_000)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(check(self, "store")["path"]))
@@ -82,7 +84,8 @@ class StoreConfig:
 class ServerConfig:
     """``[server]``. Where it listens (``port`` 0: any free one), and the limits of everything that it takes on.
 
-    ``transport``: "grpcio"; "native", which is pygrpc-native; or "auto", the latter where it is installed.
+    ``workers``: processes that serve, 0 for one for each core; with one there is no writer beside it. The limits hold
+    for each. ``transport``: "grpcio"; "native", which is pygrpc-native; or "auto", the latter where it is installed.
     ``default_deadline_ms``: for a request that carries none. ``drain_seconds``: how long requests in flight may take
     after SIGTERM. ``registry_poll_seconds``: how often it looks for a newly applied definition.
     ``max_future_skew_seconds``: how far ahead of the clock a written row's time may be.
@@ -90,6 +93,7 @@ class ServerConfig:
 
     host: str = "127.0.0.1"
     port: int = between(7070, 0, 65_535)
+    workers: int = between(0, 0, 1_024)
     transport: str = field(default="grpcio", metadata={"choices": TRANSPORTS})
     max_message_mb: int = between(16, 1, 2_047)
     max_rows: int = between(10_000, 1, 10_000_000)
@@ -110,7 +114,8 @@ class TelemetryConfig:
     ``otlp_endpoint``: where traces are sent, OTLP over gRPC (``http://localhost:4317``; ``https://`` for TLS); without
     it nothing is traced. ``sample_ratio``: the part of requests that is traced where the caller has not decided.
     ``service_name``: what the server is called in traces and metrics. ``prometheus_port``: where metrics are read, on
-    the server's host (0: any free port); without it nothing is counted.
+    the server's host (0: any free port); without it nothing is counted. With several workers it is the writer's, and
+    worker 1 has the next one, and so on.
     """
 
     otlp_endpoint: str | None = None

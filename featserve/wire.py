@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from google.protobuf.message import DecodeError
 
+from featserve._proto import errors_pb2
 from featserve._proto import serving_pb2 as pb
 from featserve.batch import Arrival, EntityKeys, check_request_columns, column_names, ragged
 from featserve.definitions import FeatureView
-from featserve.errors import TooLarge, Violation, invalid
+from featserve.errors import FeatserveError, TooLarge, Violation, by_reason, invalid
 from featserve.matrix import FeatureMatrix
 from featserve.schema import FeatureSchema, ServiceSchema, ViewSchema
 from featserve.stages import Stage
@@ -274,6 +275,19 @@ def decode_view(message: pb.DescribeViewResponse) -> dict[str, Type]:
     return {key.name: _type(key.type) for key in message.keys} | {
         f.name: _type(f.type, f.length) for f in message.features
     }
+
+
+def decode_error(data: bytes, message: str, otherwise: type[FeatserveError]) -> FeatserveError:
+    """Return the error of the tree that a google.rpc.Status stands for; ``otherwise``: where it names none."""
+    info, bad = errors_pb2.ErrorInfo(), errors_pb2.BadRequest()
+    for detail in errors_pb2.ErrorStatus.FromString(data).details:
+        if detail.type_url.endswith("/google.rpc.ErrorInfo"):
+            info.MergeFromString(detail.value)
+        elif detail.type_url.endswith("/google.rpc.BadRequest"):
+            bad.MergeFromString(detail.value)
+    violations = [Violation(v.field, v.description) for v in bad.field_violations]
+    kind = by_reason(info.reason) or otherwise
+    return kind(message, violations=violations, metadata=dict(info.metadata))
 
 
 def _type(code: int, length: int = 1) -> Type:

@@ -103,7 +103,8 @@ class Project:
         return project
 
     def configure(self, **sections: Mapping[str, Any]) -> None:
-        """Write featserve.toml."""
+        """Write featserve.toml; one process serves where it does not say how many."""
+        sections["server"] = {"workers": 1} | dict(sections.get("server", {}))
         lines = [
             line
             for name, keys in sections.items()

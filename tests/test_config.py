@@ -22,6 +22,7 @@ row_cache_mb = 0
 [server]
 host = "0.0.0.0"
 port = 0
+workers = 3
 transport = "auto"
 max_message_mb = 4
 max_rows = 100
@@ -53,7 +54,7 @@ def test_every_key_is_read(project: Path) -> None:
     assert config.registry.url == f"sqlite:///{project}/state/registry.db"
     assert config.store.path == project / "state/store"
     assert (config.store.durability, config.store.block_cache_mb, config.store.row_cache_mb) == ("fsync", 8, 0)
-    assert config.server == ServerConfig("0.0.0.0", 0, "auto", 4, 100, 3, 250, 1, 0.5, 0)
+    assert config.server == ServerConfig("0.0.0.0", 0, 3, "auto", 4, 100, 3, 250, 1, 0.5, 0)
 
 
 def test_an_empty_file_is_a_project(project: Path) -> None:

@@ -216,10 +216,18 @@ def materialize(ctx: click.Context, views: tuple[str, ...], folder: Path, as_of:
 @click.option("--host", help="The address to listen on, instead of that in featserve.toml.")
 @click.option("--port", type=click.IntRange(0, 65_535), help="The port, instead of that in featserve.toml; 0: any.")
 @click.option("--transport", type=click.Choice(TRANSPORTS), help="The transport, instead of that in featserve.toml.")
-def serve(folder: Path, host: str | None, port: int | None, transport: str | None) -> None:
+@click.option(
+    "--workers",
+    type=click.IntRange(0, 1_024),
+    help="How many processes serve, instead of featserve.toml; 0: each core.",
+)
+def serve(folder: Path, host: str | None, port: int | None, transport: str | None, workers: int | None) -> None:
     """Serve the features until Ctrl-C or SIGTERM.
 
     Then requests in flight finish, the store is closed, and the exit code is 0.
+
+    With several workers one more process writes the store, which they follow. `kill -USR2` replaces all of them, one
+    after the other, and no request fails.
 
     Logs are JSON lines on standard error.
 
@@ -228,7 +236,7 @@ def serve(folder: Path, host: str | None, port: int | None, transport: str | Non
       featserve serve --port 7070
     """
     config = settings(folder)
-    given: dict[str, Any] = {"host": host, "port": port, "transport": transport}
+    given: dict[str, Any] = {"host": host, "port": port, "transport": transport, "workers": workers}
     given = {name: value for name, value in given.items() if value is not None}
     config = replace(config, server=replace(config.server, **given))
     configure()

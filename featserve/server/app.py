@@ -9,6 +9,7 @@ import asyncio
 import gc
 import logging
 import signal
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,10 +21,14 @@ from featserve.engine import Engine
 from featserve.errors import FeatserveError
 from featserve.plan import Plans
 from featserve.registry import Registry
+from featserve.server.forward import Forward
+from featserve.server.grpcio import GrpcioServer
 from featserve.server.service import Limits, Service
 from featserve.server.telemetry import Telemetry
-from featserve.server.transport import transport
+from featserve.server.transport import Transport, transport
+from featserve.server.workers import Part, cores, supervise
 from featserve.store import open_store
+from featserve.store.follow import Follower
 
 log = logging.getLogger("featserve.server")
 
@@ -39,28 +44,37 @@ def run(config: Config, ready: Callable[[str], None] = lambda address: None) -> 
     SIGHUP takes what was newly applied at once; otherwise the registry is looked at every
     ``registry_poll_seconds``. Raises StoreError, RegistryConflict or ServingError where it cannot start.
     """
-    uvloop.run(serve(config, ready))
+    workers = config.server.workers or cores()
+    if workers > 1:
+        supervise(config, workers, ready)
+    else:
+        uvloop.run(serve(config, ready))
 
 
-async def serve(config: Config, ready: Callable[[str], None]) -> None:
+async def serve(config: Config, ready: Callable[[str], None], part: Part | None = None) -> None:
+    """Serve in this process. ``part``: which of several it is."""
+    follows = part is not None and not part.writes
     registry = Registry.open(config.registry.url)
     try:
         plans = Plans(registry.snapshot())
         store = open_store(
             config.store.path,
-            "write",
+            "follow" if follows else "write",
             durability=config.store.durability,
             block_cache_mb=config.store.block_cache_mb,
             row_cache_mb=config.store.row_cache_mb,
             count_lookups=config.telemetry.prometheus_port is not None,
         )
+        follower = Follower(store, config.store.catch_up_ms / 1_000) if follows else None
         try:
-            telemetry = Telemetry.open(config, store)
+            telemetry = Telemetry.open(config, store, follower, part)
             try:
-                await _serve(config, registry, Engine(store, plans), telemetry, ready)
+                await _serve(config, registry, Engine(store, plans, follower), telemetry, ready, part)
             finally:
                 telemetry.close()
         finally:
+            if follower is not None:
+                follower.close()
             store.close()
     finally:
         registry.close()
@@ -68,10 +82,13 @@ async def serve(config: Config, ready: Callable[[str], None]) -> None:
 
 
 async def _serve(
-    config: Config, registry: Registry, engine: Engine, telemetry: Telemetry, ready: Callable[[str], None]
+    config: Config,
+    registry: Registry,
+    engine: Engine,
+    telemetry: Telemetry,
+    ready: Callable[[str], None],
+    part: Part | None,
 ) -> None:
-    limits = Limits(config.server.max_rows, int(config.server.max_future_skew_seconds * 1_000_000))
-    server = transport(config.server)(Service(engine, limits, clock_us), config.server, telemetry)
     stop, reload = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -80,7 +97,7 @@ async def _serve(
     # What start-up made lives as long as the process: the collector need not walk it again.
     gc.collect()
     gc.freeze()
-    address = f"{config.server.host}:{await server.start(config.server.host, config.server.port)}"
+    server, forward, address = await _listen(config, engine, telemetry, part)
     snapshot = engine.plans.snapshot
     log.info(
         "serving",
@@ -89,13 +106,38 @@ async def _serve(
     if not snapshot.services:
         log.warning("nothing is applied: run `featserve apply`; what it applies is served without a restart")
     ready(address)
+    if part is not None:
+        loop.add_reader(sys.stdin.fileno(), stop.set)  # the parent is gone, however it ended
     follower = asyncio.create_task(_follow(registry, engine, reload, config.server.registry_poll_seconds))
     loop_watcher = asyncio.create_task(telemetry.watch_loop())
     await stop.wait()
     log.info("draining", extra={"limit_seconds": config.server.drain_seconds})
+    if part is not None:
+        loop.remove_reader(sys.stdin.fileno())
     follower.cancel()
     loop_watcher.cancel()
     await server.drain(config.server.drain_seconds)
+    if forward is not None:
+        await forward.close()
+
+
+async def _listen(
+    config: Config, engine: Engine, telemetry: Telemetry, part: Part | None
+) -> tuple[Transport, Forward | None, str]:
+    """Take requests; return the server, where it passes writes on to, and where it listens."""
+    limits = Limits(config.server.max_rows, int(config.server.max_future_skew_seconds * 1_000_000))
+    service = Service(engine, limits, clock_us)
+    if part is not None and part.writes:
+        writer = GrpcioServer(service, config.server, telemetry)
+        await writer.listen(f"unix:{part.socket}")
+        return writer, None, str(part.socket)
+    forward = None
+    if part is not None:
+        assert engine.follower is not None
+        forward = Forward(part.socket, engine.store, engine.follower)
+    server, host = transport(config.server)(service, config.server, telemetry, forward), config.server.host
+    port = await server.start(host, config.server.port, reuse_port=part is not None)
+    return server, forward, f"{host}:{port}"
 
 
 async def _follow(registry: Registry, engine: Engine, reload: asyncio.Event, poll_seconds: float) -> None:

@@ -21,10 +21,12 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from featserve.config import ServerConfig
 from featserve.errors import DeadlineExceeded, Overloaded, ServingError, invalid
+from featserve.server.forward import FORWARDED, Forward
 from featserve.server.meter import Load
 from featserve.server.service import READS, SERVICE_NAME, WRITES, Call, Service
 from featserve.server.status import DETAILS_KEY, failed
 from featserve.server.telemetry import Telemetry
+from featserve.store.follow import Behind
 
 HEALTH_NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 Context = grpc.aio.ServicerContext[bytes, bytes]
@@ -46,10 +48,19 @@ class GrpcioServer:
     """A grpc.aio server of the service, with standard health checking and reflection."""
 
     def __init__(
-        self, service: Service, config: ServerConfig, telemetry: Telemetry, *, beside: Load | None = None
+        self,
+        service: Service,
+        config: ServerConfig,
+        telemetry: Telemetry,
+        forward: Forward | None = None,
+        *,
+        beside: Load | None = None,
     ) -> None:
-        """Serve within the limits of ``config``; what another transport has on its hands, ``beside``, counts, too."""
-        self._service, self._telemetry = service, telemetry
+        """Serve within the limits of ``config``; what another transport has on its hands, ``beside``, counts, too.
+
+        ``forward``: where writes go, instead of the store here.
+        """
+        self._service, self._telemetry, self._forward = service, telemetry, forward
         self._default_deadline_s = config.default_deadline_ms / 1_000
         self._most_bytes, self._most_calls, self._taken = config.max_message_mb << 20, config.max_concurrent, 0
         self.load, self._beside = telemetry.load(), beside or Load()
@@ -116,6 +127,11 @@ class GrpcioServer:
         }
         handlers["StreamFeatures"] = grpc.stream_stream_rpc_method_handler(self._counted(self._stream_features))
         handlers["StreamRows"] = grpc.stream_unary_rpc_method_handler(self._counted(self._stream_rows))
+        if self._forward is not None:
+            handlers |= {
+                name: grpc.stream_unary_rpc_method_handler(self._counted(partial(self._passed_on, self._forward, name)))
+                for name in FORWARDED
+            }
         return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
 
     def _counted(
@@ -150,9 +166,23 @@ class GrpcioServer:
                     data = await message(context)
                     if data is None:
                         raise invalid("request", "the call ended without one")
-                    return await self._in_writer(method, data, call) if writes else method(data, call)
+                    if writes:
+                        return await self._in_writer(method, data, call)
+                    try:
+                        return method(data, call)
+                    except Behind as behind:
+                        return await _once_caught_up(behind, method, data, call)
             except TimeoutError:
                 raise DeadlineExceeded(f"the default deadline, {self._default_deadline_s:g} s, passed") from None
+
+    async def _passed_on(self, forward: Forward, name: str, context: Context) -> bytes:
+        remaining_s = context.time_remaining()
+        call = self._call(context, remaining_s)
+        with self._telemetry.watch(name, call):
+            if call.record is not None and call.record.stages is not None:
+                call.record.stages.begin("forward")
+            limit_s = call.remaining_s if name in WRITES else remaining_s  # a stream may go on for ever
+            return await forward.call(name, call.metadata, partial(message, context), limit_s)
 
     async def _in_writer(self, method: Callable[[bytes, Call], Answer], data: bytes, call: Call) -> Answer:
         """Run ``method`` in the writer thread when its turn comes, with what is then left of the deadline."""
@@ -171,7 +201,10 @@ class GrpcioServer:
         while (data := await message(context)) is not None:
             call = self._call(context, context.time_remaining())
             with self._telemetry.watch("StreamFeatures", call):
-                answer = self._service.stream_features(data, call)
+                try:
+                    answer = self._service.stream_features(data, call)
+                except Behind as behind:
+                    answer = await _once_caught_up(behind, self._service.stream_features, data, call)
             await context.write(answer)
 
     async def _stream_rows(self, context: Context) -> bytes:
@@ -244,6 +277,14 @@ async def message(context: Context) -> bytes | None:
     """Return the next message of a call, None after the last."""
     data: Any = await context.read()
     return None if data is grpc.aio.EOF else data
+
+
+async def _once_caught_up(behind: Behind, method: Callable[[bytes, Call], bytes], data: bytes, call: Call) -> bytes:
+    """Run a read again once the store holds the write that it asks for."""
+    if call.record is not None and call.record.stages is not None:
+        call.record.stages.begin("catch up")
+    await asyncio.wrap_future(behind.caught_up)
+    return method(data, call)
 
 
 async def abort(context: Context, error: Exception) -> NoReturn:

@@ -7,8 +7,10 @@ its own server. Names and units are OpenTelemetry's, which the exporter turns in
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from threading import Thread
 from typing import Any
+from wsgiref.simple_server import make_server
 
 from opentelemetry.exporter.prometheus import PrometheusMetricReader
 from opentelemetry.metrics import CallbackOptions, Observation
@@ -24,38 +26,55 @@ from opentelemetry.sdk.metrics.export import (
 )
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client.exposition import ThreadingWSGIServer, _SilentHandler
 
 from featserve.errors import ServingError
 from featserve.matrix import Status
 from featserve.server.meter import SECOND, Buckets, Meter
 from featserve.server.service import SERVICE_NAME
 from featserve.store import OnlineStore
+from featserve.store.follow import Follower
 
 SCOPE = "featserve"
 US_PER_SECOND = 1_000_000
 
-Points = Iterable[tuple[dict[str, str], int]]
+Points = Iterable[tuple[dict[str, str], float]]
 
 
 class Page:
     """The page, at ``address``, until it is closed."""
 
-    def __init__(self, meter: Meter, store: OnlineStore, service_name: str, host: str, port: int) -> None:
-        """Listen. Raises ServingError where the address cannot be had."""
+    def __init__(
+        self,
+        meter: Meter,
+        store: OnlineStore,
+        follower: Follower | None,
+        resource: Mapping[str, str],
+        host: str,
+        port: int,
+    ) -> None:
+        """Listen. Raises ServingError where the address cannot be had.
+
+        ``follower``: lets the store catch up, where another process writes it. ``resource``: what OpenTelemetry calls
+        this process.
+        """
         registry = CollectorRegistry()
         reader = _Reader(meter, registry)
-        resource = Resource.create({"service.name": service_name})
-        self._provider = MeterProvider([reader], resource, shutdown_on_exit=False)
-        _observe(self._provider.get_meter(SCOPE), meter, store)
+        self._provider = MeterProvider([reader], Resource.create(resource), shutdown_on_exit=False)
+        _observe(self._provider.get_meter(SCOPE), meter, store, follower)
         try:
-            self._server, self._thread = start_http_server(port, host, registry)
+            # In a restart the next worker listens before the last one has gone.
+            kind = _SharedServer if "service.instance.id" in resource else ThreadingWSGIServer
+            self._server = make_server(host, port, make_wsgi_app(registry), kind, _SilentHandler)
         except OSError as error:
             raise ServingError(
                 f"cannot listen on {host}:{port} for metrics: {error.strerror}. Choose another [telemetry] "
                 "prometheus_port"
             ) from error
         self.address = f"{host}:{self._server.server_port}"
+        self._thread = Thread(target=self._server.serve_forever, name="featserve-metrics", daemon=True)
+        self._thread.start()
 
     def close(self) -> None:
         """Stop answering."""
@@ -65,7 +84,13 @@ class Page:
         self._provider.shutdown()
 
 
-def _observe(to: Any, meter: Meter, store: OnlineStore) -> None:
+class _SharedServer(ThreadingWSGIServer):
+    """One that another process may listen beside."""
+
+    allow_reuse_port = True
+
+
+def _observe(to: Any, meter: Meter, store: OnlineStore, follower: Follower | None) -> None:
     """Declare the instruments, each of which is observed when the page is asked for."""
 
     def counter(name: str, unit: str, description: str, points: Callable[[], Points]) -> None:
@@ -82,6 +107,8 @@ def _observe(to: Any, meter: Meter, store: OnlineStore) -> None:
     counter("featserve.rows.written", "{row}", "Rows written", lambda: _written(meter, 0))
     counter("featserve.rows.stored", "{row}", "Rows written that were the newest", lambda: _written(meter, 1))
     gauge("featserve.store.size", "By", "What the store takes on disk", lambda: [({}, store.size_bytes())])
+    if follower is not None:
+        gauge("featserve.store.lag", "s", "How long ago it held all that was written", lambda: [({}, follower.lag_s())])
     counter("featserve.store.lookups", "{lookup}", "Look-ups in the store's caches", lambda: _lookups(store))
 
 

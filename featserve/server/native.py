@@ -15,7 +15,7 @@ import time
 from asyncio import CancelledError
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -26,10 +26,12 @@ from pygrpc_native import EVENT_CANCEL, NativeGrpcFront
 from featserve._proto.errors_pb2 import ErrorStatus
 from featserve.config import ServerConfig
 from featserve.errors import DeadlineExceeded, Unavailable
+from featserve.server.forward import Forward
 from featserve.server.grpcio import QUIET_S, GrpcioServer, cannot_listen, overloaded
 from featserve.server.service import READS, SERVICE_NAME, WRITES, Call, Service
 from featserve.server.status import DETAILS_KEY, encode_error, failed
 from featserve.server.telemetry import Telemetry
+from featserve.store.follow import Behind
 
 METHODS: tuple[tuple[str, Callable[[Service, bytes, Call], bytes]], ...] = (*READS.items(), *WRITES.items())
 """The methods that are served here, each by its number: reads first."""
@@ -57,10 +59,13 @@ class Waiting(NamedTuple):
 class NativeServer:
     """A pygrpc-native server of the service, with a ``GrpcioServer`` behind it."""
 
-    def __init__(self, service: Service, config: ServerConfig, telemetry: Telemetry) -> None:
+    def __init__(
+        self, service: Service, config: ServerConfig, telemetry: Telemetry, forward: Forward | None = None
+    ) -> None:
         self._service, self._telemetry = service, telemetry
         self._load, self._most_calls = telemetry.load(), config.max_concurrent
-        self._behind = GrpcioServer(service, config, telemetry, beside=self._load)
+        self._behind = GrpcioServer(service, config, telemetry, forward, beside=self._load)
+        self._methods = METHODS if forward is None else METHODS[: len(READS)]
         self._default_deadline_s, self._most_bytes = config.default_deadline_ms / 1_000, config.max_message_mb << 20
         self._overloaded = _encoded(encode_error(overloaded(self._most_calls)))
         self._draining = False
@@ -76,7 +81,7 @@ class NativeServer:
 
     async def start(self, host: str, port: int, *, reuse_port: bool = False) -> int:
         """Listen; return the port. Raises ServingError where the address cannot be had."""
-        paths = [(f"/{SERVICE_NAME}/{name}", False) for name, _ in METHODS]
+        paths = [(f"/{SERVICE_NAME}/{name}", False) for name, _ in self._methods]
         address = f"{host}:{port}"
         try:
             self._front = NativeGrpcFront(
@@ -181,6 +186,9 @@ class NativeServer:
         try:
             with self._telemetry.watch(name, call, waited_s):
                 answer = run(self._service, data, call)
+        except Behind as behind:
+            behind.caught_up.add_done_callback(lambda done: self._answer_late(call_id, waiting, done))
+            return
         except Exception as error:  # noqa: BLE001 - the top of a request
             self._front.fail(call_id, *_encoded(failed(error)))
             return
@@ -188,6 +196,14 @@ class NativeServer:
             self._front.fail(call_id, *status)
         else:
             self._front.respond(call_id, answer)
+
+    def _answer_late(self, call_id: int, waiting: Waiting, caught_up: Future[None]) -> None:
+        """Answer a read, once the store holds the write that it asks for, or its time is over."""
+        if (error := caught_up.exception()) is None:
+            self._answer(call_id, waiting)
+        else:
+            assert isinstance(error, Exception)
+            self._front.fail(call_id, *_encoded(failed(error)))
 
     def _expire(self, now_s: float) -> None:
         """End the writes whose default deadline has passed before their turn."""

@@ -30,6 +30,8 @@ from featserve.wire import (
     parse,
 )
 
+WAITED = 0.9
+"""The part of its deadline that a request waits for a write; the rest is for saying that it did not come."""
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["FeatureServingService"].full_name
 
 
@@ -115,7 +117,7 @@ class Service:
                 raise invalid("as_of_us", f"{request.as_of_us} is after the server's clock, {now_us}")
             now_us = request.as_of_us
         if request.at_least:
-            self.engine.require(request.at_least, math.inf if call.remaining_s is None else call.remaining_s)
+            self.engine.require(request.at_least, math.inf if call.remaining_s is None else WAITED * call.remaining_s)
         keys = decode_keys(request.keys, plan.schema.keys, self._limits.max_rows)
         columns = NOTHING
         if request.request_columns or plan.schema.request_columns:

@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING
 
 import grpc
 
-from featserve.config import Config
+from featserve.config import Config, TelemetryConfig
 from featserve.errors import FeatserveError, ServingError
 from featserve.server.meter import Load, Meter
 from featserve.server.service import SERVICE_NAME, Call, Record
 from featserve.server.status import code_of
 from featserve.server.tally import Tally
+from featserve.server.workers import Part
 from featserve.store import OnlineStore
+from featserve.store.follow import Follower
 
 if TYPE_CHECKING:
     from featserve.server.metrics import Page
@@ -47,20 +49,25 @@ class Telemetry:
         self.tracing, self.meter, self.page = tracing, meter, page
 
     @classmethod
-    def open(cls, config: Config, store: OnlineStore) -> Telemetry:
-        """Start what ``config`` asks for. Raises ServingError where the address for metrics cannot be had."""
+    def open(
+        cls, config: Config, store: OnlineStore, follower: Follower | None = None, part: Part | None = None
+    ) -> Telemetry:
+        """Start what ``config`` asks for. Raises ServingError where the address for metrics cannot be had.
+
+        ``follower``: lets the store catch up. ``part``: which of several processes this is.
+        """
         wanted = config.telemetry
         tracing = meter = page = None
         if wanted.prometheus_port is not None:
             from featserve.server.metrics import Page
 
             meter = Meter()
-            page = Page(meter, store, wanted.service_name, config.server.host, wanted.prometheus_port)
+            page = Page(meter, store, follower, resource_of(wanted, part), config.server.host, wanted.prometheus_port)
             log.info("metrics", extra={"address": f"http://{page.address}/metrics"})
         if wanted.otlp_endpoint is not None:
             from featserve.server.tracing import Tracing
 
-            tracing = Tracing(wanted)
+            tracing = Tracing(wanted, resource=resource_of(wanted, part))
             log.info("traces", extra={"endpoint": wanted.otlp_endpoint, "sample_ratio": wanted.sample_ratio})
         return cls(tracing, meter, page)
 
@@ -98,6 +105,12 @@ class Telemetry:
             self.tracing.close(FLUSH_SECONDS)
         if self.page is not None:
             self.page.close()
+
+
+def resource_of(wanted: TelemetryConfig, part: Part | None) -> dict[str, str]:
+    """Return what OpenTelemetry is to call this process, in its own terms."""
+    named = {"service.name": wanted.service_name}
+    return named if part is None else named | {"service.instance.id": str(part.number)}
 
 
 class _Watch(Record):

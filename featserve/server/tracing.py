@@ -50,14 +50,20 @@ class Tracing:
     """Decides which requests are recorded, and exports their spans."""
 
     def __init__(
-        self, config: TelemetryConfig, *, exporter: SpanExporter | None = None, chance: Random | None = None
+        self,
+        config: TelemetryConfig,
+        *,
+        resource: Mapping[str, str] | None = None,
+        exporter: SpanExporter | None = None,
+        chance: Random | None = None,
     ) -> None:
         """Trace as ``config`` says; the environment's OTEL_BSP_*, OTEL_EXPORTER_OTLP_* and OTEL_RESOURCE_ATTRIBUTES
-        count, too. ``exporter``: where spans go instead. ``chance``: draws the requests of callers that do not trace.
+        count, too. ``resource``: what this process is called. ``exporter``: where spans go instead. ``chance``: draws
+        the requests of callers that do not trace.
         """
         self._ratio = config.sample_ratio
         self._chance = (chance or Random()).random
-        self._resource = Resource.create({"service.name": config.service_name})
+        self._resource = Resource.create(resource or {"service.name": config.service_name})
         self._exporter = exporter or OTLPSpanExporter(endpoint=config.otlp_endpoint)
         self._processor = BatchSpanProcessor(self._exporter)
         self._ids = RandomIdGenerator()

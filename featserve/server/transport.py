@@ -11,6 +11,7 @@ from typing import Protocol
 
 from featserve.config import ServerConfig
 from featserve.errors import DefinitionError
+from featserve.server.forward import Forward
 from featserve.server.grpcio import GrpcioServer
 from featserve.server.service import Service
 from featserve.server.telemetry import Telemetry
@@ -28,7 +29,7 @@ class Transport(Protocol):
         """Say NOT_SERVING, take no new calls, let those in flight finish for up to ``seconds``, then end them."""
 
 
-def transport(config: ServerConfig) -> Callable[[Service, ServerConfig, Telemetry], Transport]:
+def transport(config: ServerConfig) -> Callable[[Service, ServerConfig, Telemetry, Forward | None], Transport]:
     """Return the class of the configured transport. Raises DefinitionError where it is not installed.
 
     Every listener is plaintext today. pygrpc-native has no TLS: with it, this is where grpcio has to be chosen.

@@ -52,7 +52,12 @@ def scored(*users: int, by: float = 2.0) -> pb.GetFeaturesRequest:
 def page(server: Server) -> str:
     """Return the page of metrics."""
     said = until("metrics have an address", lambda: [e for e in server.events() if e["message"] == "metrics"])
-    with urllib.request.urlopen(said[-1]["address"], timeout=60) as answer:
+    return fetch(said[-1]["address"])
+
+
+def fetch(address: str) -> str:
+    """Return the text at an address."""
+    with urllib.request.urlopen(address, timeout=60) as answer:
         text: str = answer.read().decode()
     return text
 

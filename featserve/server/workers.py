@@ -1,0 +1,303 @@
+"""Several processes behind one port: a writer, workers that follow its store, and the parent that keeps them running.
+
+Comes in: a configuration, signals. SIGTERM and SIGINT drain the workers, then the writer. SIGHUP goes to all. SIGUSR2
+replaces one process after the other, a worker only once the next one serves. A process that dies is started again.
+
+Each process is executed anew (``python -m featserve.server.worker``), never forked. It says on standard output that its
+modules are loaded, takes what it is to be on standard input, says where it listens or why it cannot, and ends when
+standard input does: so no process outlives the parent. The kernel spreads connections over the workers (SO_REUSEPORT).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import pickle
+import signal
+import socket
+import sys
+import tempfile
+import time
+from asyncio.subprocess import PIPE, Process
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from featserve.config import Config
+from featserve.errors import FeatserveError, ServingError, by_reason
+
+log = logging.getLogger("featserve.server")
+
+MODULE = "featserve.server.worker"
+PACKAGES = Path(__file__).parent.parent.parent
+STARTING_S = 120.0
+"""How long a process may take until it serves."""
+STEADY_S = 30.0
+"""A process that has served for so long did not die of how it was started."""
+MOST_DEATHS = 6
+FIRST_DELAY_S = 0.2
+"""The second death in a row is followed by a delay, each further one by twice that; the first one by none."""
+KILLED_AFTER_S = 5.0
+"""How much longer than its drain a process may take to end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one process is of several: ``number`` 0 writes the store, those from 1 on follow it and serve.
+
+    ``socket``: where the writer listens for what the others pass on.
+    """
+
+    number: int
+    socket: Path
+
+    @property
+    def writes(self) -> bool:
+        return self.number == 0
+
+    def __str__(self) -> str:
+        return "the writer" if self.writes else f"worker {self.number}"
+
+
+def cores() -> int:
+    """Return how many cores this process may use: as the scheduler has it, and its control group's quota."""
+    usable = len(os.sched_getaffinity(0))
+    with suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        usable = min(usable, max(int(quota) // int(period), 1))
+    return usable
+
+
+def supervise(config: Config, workers: int, ready: Callable[[str], None]) -> None:
+    """Serve with so many workers until SIGTERM or SIGINT; ``ready`` is called with ``host:port`` once all serve.
+
+    Raises what a process said that could not start, or ServingError for one that dies again and again.
+    """
+    asyncio.run(_supervise(config, workers, ready))
+
+
+async def _supervise(config: Config, workers: int, ready: Callable[[str], None]) -> None:
+    with (
+        reserved(config.server.host, config.server.port) as port,
+        tempfile.TemporaryDirectory(prefix="featserve-") as folder,
+    ):
+        config = replace(config, server=replace(config.server, port=port))
+        parent = Parent([Slot(config, Part(number, Path(folder) / "writer"), workers) for number in range(workers + 1)])
+        loop, stop = asyncio.get_running_loop(), asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(signal.SIGHUP, parent.reload)
+        loop.add_signal_handler(signal.SIGUSR2, parent.restart)
+        serving = asyncio.create_task(parent.serve(lambda: ready(f"{config.server.host}:{port}")))
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if serving.done():
+                serving.result()
+        finally:
+            stopping.cancel()
+            await parent.stop(serving)
+    log.info("all processes have stopped")
+
+
+class Parent:
+    """The processes, the writer's place first."""
+
+    def __init__(self, slots: list[Slot]) -> None:
+        self._slots = slots
+        self._restarting: asyncio.Task[None] | None = None
+
+    async def serve(self, ready: Callable[[], None]) -> None:
+        """Start all, and start again what dies, until cancelled."""
+        writer, *workers = self._slots
+        first, *others = await asyncio.gather(*(slot.load() for slot in self._slots))
+        await writer.start(first)  # makes the store that the others follow
+        await asyncio.gather(*(worker.start(child) for worker, child in zip(workers, others, strict=True)))
+        ready()
+        await asyncio.gather(*(slot.keep() for slot in self._slots))
+
+    def reload(self) -> None:
+        """Let each process look at the registry at once."""
+        for slot in self._slots:
+            slot.send(signal.SIGHUP)
+
+    def restart(self) -> None:
+        """Begin to replace every process by a new one, unless that is under way."""
+        if self._restarting is None or self._restarting.done():
+            self._restarting = asyncio.create_task(self._restart())
+
+    async def _restart(self) -> None:
+        writer, *workers = self._slots
+        log.info("restarting", extra={"processes": len(self._slots)})
+        try:
+            for slot in (*workers, writer):
+                await slot.replace()
+        except FeatserveError as error:
+            log.error("the restart is given up, what has not been replaced goes on: %s", error)
+        else:
+            log.info("restarted")
+
+    async def stop(self, serving: asyncio.Task[None]) -> None:
+        """End the workers, then the writer they pass writes to."""
+        for task in (serving, self._restarting):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait((task,))
+        writer, *workers = self._slots
+        await asyncio.gather(*(slot.end() for slot in workers))
+        await writer.end()
+
+
+class Slot:
+    """One place among the processes, and the process that is in it now."""
+
+    def __init__(self, config: Config, part: Part, workers: int) -> None:
+        self._config, self._part = _share(config, part, workers), part
+        self._limit_s = config.server.drain_seconds + KILLED_AFTER_S
+        self._changing = asyncio.Lock()
+        self._child: Child | None = None
+        self._all: list[Child] = []
+
+    async def start(self, child: Child) -> None:
+        """Tell a process that it is the one in this place, and wait until it serves."""
+        assert child.process.stdin is not None
+        child.process.stdin.write(pickle.dumps((self._config, self._part)))
+        await self._said(child)
+        child.serves_s = time.monotonic()
+        self._child = child
+
+    async def keep(self) -> None:
+        """Start a process again that dies. Raises ServingError where that happens again and again."""
+        deaths = 0
+        while True:
+            child = self._child
+            assert child is not None
+            code = await child.process.wait()
+            async with self._changing:
+                if self._child is not child:
+                    continue
+                deaths = 1 if time.monotonic() > child.serves_s + STEADY_S else deaths + 1
+                log.error("%s died", self._part, extra={"exit_code": code, "times": deaths})
+                while True:
+                    if deaths >= MOST_DEATHS:
+                        raise ServingError(f"{self._part} died {deaths} times in a row; its own messages say why")
+                    await asyncio.sleep(FIRST_DELAY_S * 2 ** (deaths - 2) if deaths > 1 else 0)
+                    try:
+                        await self.start(await self.load())
+                        break
+                    except FeatserveError as error:
+                        deaths += 1
+                        log.error("%s does not start: %s", self._part, error, extra={"times": deaths})
+
+    async def replace(self) -> None:
+        """Put a new process in the place of the one that is there. Only one can write, so that one goes first."""
+        async with self._changing:
+            old, new = self._child, await self.load()
+            assert old is not None
+            if self._part.writes:
+                await self._end(old)
+                await self.start(new)
+            else:
+                await self.start(new)
+                await self._end(old)
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to the process, if it serves."""
+        if self._child is not None:
+            self._child.send(number)
+
+    async def end(self) -> None:
+        """End every process that was started for this place."""
+        await asyncio.gather(*(self._end(child) for child in self._all))
+
+    async def load(self) -> Child:
+        """Start a process for this place; it has loaded its modules, and waits to be told what it is."""
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(PACKAGES), os.environ.get("PYTHONPATH", "")])}
+        process = await asyncio.create_subprocess_exec(
+            # Whatever lies in the current folder is no module of ours, and Ctrl-C in a terminal is for the parent.
+            sys.executable, "-P", "-m", MODULE, stdin=PIPE, stdout=PIPE, env=environment, process_group=0
+        )  # fmt: skip
+        child = Child(process)
+        self._all = [c for c in self._all if c.process.returncode is None] + [child]
+        await self._said(child)
+        return child
+
+    async def _said(self, child: Child) -> None:
+        """Wait for a process to have done its next step. Raises the error that it tells of."""
+        assert child.process.stdout is not None
+        try:
+            async with asyncio.timeout(STARTING_S):
+                line = await child.process.stdout.readline()
+        except TimeoutError:
+            child.send(signal.SIGKILL)
+            line = b""
+        said = json.loads(line or b"{}")
+        if "reason" in said:
+            await child.process.wait()
+            raise (by_reason(said["reason"]) or ServingError)(said["message"])
+        if not line:
+            code = await child.process.wait()
+            raise ServingError(f"{self._part} ended with exit code {code} before it served; its own messages say why")
+
+    async def _end(self, child: Child) -> None:
+        """Drain a process; kill it if it takes too long."""
+        child.send(signal.SIGTERM)
+        try:
+            async with asyncio.timeout(self._limit_s):
+                await child.process.wait()
+        except TimeoutError:
+            log.error("%s did not end, and is killed", self._part)
+            child.send(signal.SIGKILL)
+            await child.process.wait()
+
+
+@dataclass(slots=True)
+class Child:
+    """A process. ``serves_s``: since when it serves, of ``time.monotonic``."""
+
+    process: Process
+    serves_s: float = 0.0
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal, if it still runs."""
+        with suppress(ProcessLookupError):
+            self.process.send_signal(number)
+
+
+def _share(config: Config, part: Part, workers: int) -> Config:
+    """Return the settings of one process: its share of the caches, and a port of its own for metrics."""
+    store, metrics = config.store, config.telemetry.prometheus_port
+    store = replace(
+        store,
+        block_cache_mb=max(store.block_cache_mb // (workers + 1), 1),
+        row_cache_mb=store.row_cache_mb and max(store.row_cache_mb // (workers + 1), 1),
+    )
+    if metrics:
+        metrics += part.number
+    return replace(config, store=store, telemetry=replace(config.telemetry, prometheus_port=metrics))
+
+
+@contextmanager
+def reserved(host: str, port: int) -> Iterator[int]:
+    """Hold a port that no other server listens on, any free one for 0, so that this one's workers can share it.
+
+    Raises ServingError where it cannot be had.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        with socket.socket(family) as alone:
+            # Only this finds a server that shares its port, too.
+            alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            alone.bind(address)
+            alone.listen()
+            taken: int = alone.getsockname()[1]
+        held = socket.socket(family)
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind((address[0], taken, *address[2:]))
+    except OSError as error:
+        raise ServingError(f"cannot listen on {host}:{port}: {error}. Choose another [server] port") from None
+    with held:
+        yield taken

@@ -1,0 +1,335 @@
+"""Several processes behind one port: what they answer, who follows whom, and what happens when one of them dies."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import pytest
+
+import featserve
+from featserve._proto import serving_pb2 as pb
+from featserve._proto.serving_pb2_grpc import FeatureServingServiceStub
+from featserve.config import load_config
+from featserve.errors import ServingError, StoreLocked
+from featserve.server.app import run
+from featserve.store import is_held
+from tests.server.messages import numbers, read_error, refusal, wide
+from tests.server.test_drain import stored
+from tests.server.watched import fetch, watched
+from tests.serving import PATIENCE_S, TRANSPORTS, Project, Server, until
+
+pytest_plugins = ["tests.served"]
+
+CONNECTIONS = 8
+"""So many connections all went to one of two workers in one of a hundred runs."""
+PRESENT, NOT_FOUND = b"\x01", b"\x03"
+
+
+def make(folder: Path, transport: str, store: dict[str, Any] | None = None, **server: Any) -> Project:
+    project = Project.make(folder)
+    caches = {"block_cache_mb": 8, "row_cache_mb": 3}
+    project.configure(store=caches | (store or {}), server={"port": 0, "workers": 2} | TRANSPORTS[transport] | server)
+    return project
+
+
+@pytest.fixture(scope="module")
+def pair(transport: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Run two workers that take new definitions at once."""
+    with Server(make(tmp_path_factory.mktemp("pair"), transport, registry_poll_seconds=0.02)) as server:
+        yield server
+
+
+@pytest.fixture
+def start_pair(transport: str, tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """Give a function that starts two workers of the test's own."""
+    with ExitStack() as stack:
+        yield lambda **settings: stack.enter_context(Server(make(tmp_path, transport, **settings)))
+
+
+@contextmanager
+def stubs(server: Server, *options: tuple[str, Any]) -> Iterator[list[FeatureServingServiceStub]]:
+    """Open connections to all workers; a connection stays with its worker."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(server.stub(*options)) for _ in range(CONNECTIONS)]
+
+
+def processes(server: Server) -> dict[int, int]:
+    """Return the process that serves in each place, as the logs say."""
+    return {event["worker"]: event["process"] for event in server.events() if event["message"] == "serving"}
+
+
+class Load(threading.Thread):
+    """Reads and writes through the client until told to stop. ``failed``: what any call raised."""
+
+    def __init__(self, server: Server, user: int) -> None:
+        super().__init__()
+        self._server, self._user = server, user
+        self.stop, self.calls, self.failed = threading.Event(), 0, list[Exception]()
+
+    def run(self) -> None:
+        with featserve.connect(self._server.address, timeout=PATIENCE_S, connections=3) as client:
+            while not self.stop.is_set():
+                try:
+                    at = [time.time_ns() // 1_000]
+                    rows = {"country": [str(self._user)], "zip": ["1"], "temp": [float(self.calls)], "wind": [0.0]}
+                    token = client.write("weather", rows, event_time=at).token
+                    keys = {"user_id": [1], "country": [str(self._user)], "zip": ["1"]}
+                    found = client.get("compact", keys, at_least=token).column("weather.temp").to_list()
+                    assert found == [float(self.calls)]
+                    self.calls += 1
+                except Exception as error:  # noqa: BLE001 - shown by who stops it
+                    self.failed.append(error)
+
+
+@contextmanager
+def loaded(server: Server) -> Iterator[list[Load]]:
+    """Run while clients read and write; no call of theirs may fail."""
+    loads = [Load(server, user) for user in range(3)]
+    for load in loads:
+        load.start()
+    until("all are at work", lambda: min(load.calls for load in loads) > 5)
+    yield loads
+    seen = [load.calls for load in loads]
+    until("all go on", lambda: all(load.calls > before + 5 for load, before in zip(loads, seen, strict=True)))
+    for load in loads:
+        load.stop.set()
+    for load in loads:
+        load.join(PATIENCE_S)
+    assert [error for load in loads for error in load.failed] == []
+
+
+def test_what_was_written_is_read_from_every_worker(pair: Server) -> None:
+    """A request that names a write is answered with it on every connection; one on the same connection need not."""
+    with stubs(pair) as all_stubs:
+        for user in range(100, 160):
+            writer = all_stubs[user % CONNECTIONS]
+            if user % 2:
+                token = writer.WriteRows(numbers([user], float(user))).token
+            else:
+                token = writer.StreamRows(iter([pb.StreamRowsRequest(request=numbers([user], float(user)))])).token
+            assert writer.GetFeatures(wide(user)).status == PRESENT
+            for stub in all_stubs:
+                assert stub.GetFeatures(wide(user, at_least=token)).status == PRESENT
+                asked = pb.StreamFeaturesRequest(request=wide(user, at_least=token))
+                assert next(stub.StreamFeatures(iter([asked]))).response.status == PRESENT
+
+
+def test_refusals_are_those_of_one_process(pair: Server, server: Server) -> None:
+    """Whatever a write is refused with, code, message and details come through a worker as they are."""
+    late = int(time.time_ns() // 1_000) + 10**15
+    requests = [
+        pb.WriteRowsRequest(view="nubmers"),
+        numbers([1], float("nan"), late),
+        numbers([], 1.0),
+        numbers(range(20_000), 1.0),
+    ]
+    with pair.stub() as ours, server.stub() as theirs:
+        for request in requests:
+            mine, other = (refusal(lambda: stub.WriteRows(request)) for stub in (ours, theirs))  # noqa: B023
+            assert (mine.code, mine.reason, mine.metadata) == (other.code, other.reason, other.metadata)
+            assert mine.violations is not None
+            assert mine.violations.keys() == (other.violations or {}).keys()
+        stream = [pb.StreamRowsRequest(request=request) for request in (numbers([1], 1.0), *requests[:1])]
+        refused = refusal(lambda: ours.StreamRows(iter(stream)))
+        assert (refused.code, refused.metadata) == (
+            grpc.StatusCode.NOT_FOUND,
+            {"kind": "feature_view", "name": "nubmers", "messages_written": "1"},
+        )
+        assert refusal(lambda: ours.WriteRows(numbers([1], 1.0), timeout=1e-6)).code is (
+            grpc.StatusCode.DEADLINE_EXCEEDED
+        )
+        assert ours.StreamRows(iter(())) == pb.StreamRowsResponse()
+
+
+def test_tokens_that_are_none(pair: Server) -> None:
+    """A token of another store, or none at all, is refused; one of a write that never comes is given up in time."""
+    with pair.stub() as stub:
+        token = stub.WriteRows(numbers([170], 1.0)).token
+        store = token.partition("-")[0]
+        assert refusal(lambda: stub.GetFeatures(wide(1, at_least="x"))).violations is not None
+        assert "another store" in refusal(lambda: stub.GetFeatures(wide(1, at_least="0000-1"))).message
+        began = time.monotonic()
+        late = refusal(lambda: stub.GetFeatures(wide(1, at_least=f"{store}-999999"), timeout=2))
+        assert (late.code, late.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED")
+        assert "write 999,999 was asked for; the store here holds " in late.message
+        assert 1 < time.monotonic() - began < 30
+        asked = pb.StreamFeaturesRequest(request=wide(1, at_least=f"{store}-999999"))
+        assert refusal(lambda: next(stub.StreamFeatures(iter([asked]), timeout=5))).reason == "DEADLINE_EXCEEDED"
+
+
+def test_a_registry_change_reaches_all(pair: Server) -> None:
+    """What is applied is served on every connection, without a restart."""
+    pair.project.apply((pair.project.folder / "features.py").read_text() + '\nnew = FeatureService("new", [weather])\n')
+    request = pb.DescribeServiceRequest(service="new")
+    with stubs(pair) as all_stubs:
+        for stub in all_stubs:
+            until("a worker serves it", lambda: stub.DescribeService.future(request).exception() is None)  # noqa: B023
+
+
+def test_sighup_reaches_all(start_pair: Callable[..., Server]) -> None:
+    """SIGHUP to the parent makes every process look at the registry."""
+    server = start_pair(registry_poll_seconds=86_400)
+    server.project.apply(
+        (server.project.folder / "features.py").read_text() + '\nnew = FeatureService("new", [weather])'
+    )
+    server.signal(signal.SIGHUP)
+
+    def taken() -> set[int]:
+        return {event["worker"] for event in server.events() if event["message"] == "took a new snapshot"}
+
+    until("all have taken it", lambda: taken() == {0, 1, 2})
+    assert server.stop() == 0
+
+
+def test_a_worker_that_lags(start_pair: Callable[..., Server]) -> None:
+    """A worker that has not caught up answers from before; asked for a write, it catches up first."""
+    server = start_pair(store={"catch_up_ms": 3_600_000})
+    with stubs(server) as all_stubs:
+        token = all_stubs[0].WriteRows(numbers([1], 1.0)).token
+        seen = {stub.GetFeatures(wide(1)).status for stub in all_stubs}
+        assert seen == {PRESENT, NOT_FOUND}
+        assert {stub.GetFeatures(wide(1, at_least=token)).status for stub in all_stubs} == {PRESENT}
+        # One that is stopped for a while holds up its own connections alone.
+        worker = processes(server)[2]
+        psutil.Process(worker).suspend()
+        written = all_stubs[0].WriteRows.future(numbers([2], 1.0), timeout=2)
+        asked = [stub.GetFeatures.future(wide(1), timeout=2) for stub in all_stubs]
+        codes = {call.code() for call in asked}
+        assert codes == {grpc.StatusCode.OK, grpc.StatusCode.DEADLINE_EXCEEDED}
+        written.code()
+        psutil.Process(worker).resume()
+        latest = all_stubs[0].WriteRows(numbers([3], 1.0)).token
+        assert {stub.GetFeatures(wide(3, at_least=latest)).status for stub in all_stubs} == {PRESENT}
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_replaced(start_pair: Callable[..., Server]) -> None:
+    """Killed under load, a worker takes down no call but those of its own connections, which the client repeats."""
+    server = start_pair()
+    with loaded(server), stubs(server, ("grpc.enable_retries", 0)) as all_stubs:
+        for stub in all_stubs:
+            stub.GetFeatures(wide(1))
+        killed = processes(server)[1]
+        psutil.Process(killed).kill()
+        codes = [stub.GetFeatures.future(wide(1), timeout=PATIENCE_S).code() for stub in all_stubs]
+        assert set(codes) <= {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}
+        assert grpc.StatusCode.OK in codes
+        until("there is another", lambda: processes(server)[1] != killed)
+    (died,) = [event for event in server.events() if event["level"] == "error"]
+    assert (died["message"], died["exit_code"]) == ("worker 1 died", -signal.SIGKILL)
+    assert server.stop() == 0
+
+
+@pytest.mark.slow
+def test_a_killed_writer_is_replaced(start_pair: Callable[..., Server]) -> None:
+    """While there is no writer, reads go on and writes are refused as UNAVAILABLE, which the client repeats."""
+    server = start_pair()
+    with stubs(server, ("grpc.enable_retries", 0)) as all_stubs:
+        token = all_stubs[0].WriteRows(numbers([1], 1.0)).token
+        with loaded(server):
+            killed = processes(server)[0]
+            psutil.Process(killed).kill()
+            refused = all_stubs[0].WriteRows.future(numbers([2], 1.0), timeout=PATIENCE_S).exception()
+            while processes(server)[0] == killed:
+                for stub in all_stubs:
+                    assert stub.GetFeatures(wide(1, at_least=token)).status == PRESENT
+        assert read_error(refused).code is grpc.StatusCode.UNAVAILABLE
+        assert "the process that writes the store is being started again" in read_error(refused).message
+    assert server.stop() == 0
+
+
+@pytest.mark.slow
+def test_a_rolling_restart_fails_no_call(start_pair: Callable[..., Server]) -> None:
+    """Under load every process is replaced by another, and every call of the clients succeeds."""
+    server = start_pair()
+    before = processes(server)
+    with loaded(server):
+        server.signal(signal.SIGUSR2)
+        server.signal(signal.SIGUSR2)  # once is enough
+        until("it is over", lambda: [e for e in server.events() if e["message"] == "restarted"], 2 * PATIENCE_S)
+    assert not set(processes(server).values()) & set(before.values())
+    assert [event for event in server.events() if event["level"] == "error"] == []
+    assert server.stop() == 0
+
+
+@pytest.mark.slow
+def test_a_crash_loop_ends(start_pair: Callable[..., Server]) -> None:
+    """A process that cannot be started again is tried a few times, ever later, and then all end with an error."""
+    server = start_pair()
+    registry = server.project.folder / ".featserve" / "registry.db"
+    registry.write_bytes(b"no database" * 1_000)
+    began = time.monotonic()
+    psutil.Process(processes(server)[1]).kill()
+    assert server.process.wait(4 * PATIENCE_S) == 1
+    assert "worker 1 died 6 times in a row" in server.log.read_text()
+    assert time.monotonic() - began > 0.2 + 0.4 + 0.8
+    assert not is_held(server.project.store)
+
+
+@pytest.mark.slow
+def test_no_process_outlives_the_parent(start_pair: Callable[..., Server]) -> None:
+    """When the parent is killed, its processes end, and the store is free."""
+    server = start_pair()
+    left = psutil.Process(server.process.pid).children()
+    assert len(left) == 3
+    server.kill()
+    assert psutil.wait_procs(left, PATIENCE_S)[1] == []
+    assert not is_held(server.project.store)
+
+
+@pytest.mark.slow
+def test_nothing_acknowledged_is_lost_when_stopped_under_load(start_pair: Callable[..., Server]) -> None:
+    """Of writes through all workers while they stop, each was acknowledged and is there, or was refused."""
+    server = start_pair()
+    acknowledged: list[int] = []
+
+    def write(first: int) -> grpc.StatusCode:
+        with server.stub(("grpc.enable_retries", 0)) as stub:
+            user = first
+            while True:
+                code = stub.WriteRows.future(numbers([user], 1.0), timeout=PATIENCE_S).code()
+                if code is not grpc.StatusCode.OK:
+                    return code
+                acknowledged.append(user)
+                user += 1
+
+    with ThreadPoolExecutor(4) as pool:
+        writing = [pool.submit(write, first * 100_000) for first in range(4)]
+        until("rows are written", lambda: len(acknowledged) > 30)
+        assert server.stop() == 0
+        assert {work.result() for work in writing} <= {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
+    assert all(stored(server, acknowledged))
+
+
+def test_what_keeps_workers_from_starting_is_said(pair: Server) -> None:
+    """A store that is held and a port that is taken are the errors that one process has; nothing is left running."""
+    before = psutil.Process().children(recursive=True)
+    with pytest.raises(StoreLocked, match="another process has it open for writing"):
+        run(load_config(pair.project.folder))
+    other = Project.make(pair.project.folder / "other", port=pair.port, workers=2)
+    with pytest.raises(ServingError, match=rf"cannot listen on 127.0.0.1:{pair.port}.*Choose another"):
+        run(load_config(other.folder))
+    assert set(psutil.Process().children(recursive=True)) <= set(before)
+
+
+@pytest.mark.slow
+def test_each_worker_has_metrics(transport: str, tmp_path: Path) -> None:
+    """Every process has a page of its own, which says what it is and how far its store lags."""
+    with watched(tmp_path, transport, {"workers": 2}, prometheus_port=0) as server:
+        pages = until(
+            "all have an address",
+            lambda: len(found := [e for e in server.events() if e["message"] == "metrics"]) == 3 and found,
+        )
+        for event in pages:
+            text = fetch(event["address"])
+            assert f'service_instance_id="{event["worker"]}"' in text
+            assert ("featserve_store_lag_seconds " in text) == (event["worker"] > 0)
