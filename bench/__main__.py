@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import bulk_load, in_process, memory, overload, project, report, server, telemetry, transform, writes
+from bench import bulk_load, grid, in_process, memory, overload, project, report, server, telemetry, transform, writes
 from bench.report import ROOT, Figure
 
 
@@ -58,6 +58,7 @@ BENCHES: dict[str, tuple[str, Callable[[Path], list[Figure]]]] = {
     "telemetry": ("Traces and metrics: requests per second beside none of them", telemetry.measure),
     "in_process": ("In process: the same view, no server", in_process.measure),
     "memory": ("Memory of a server", memory.measure),
+    "grid": ("Rows x features, from a warm and a cold cache, by the load test at 8 connections", grid.measure),
     "overload": ("Overload: requests arrive at multiples of the peak rate", overload.measure),
     "writes": ("Reads while 10,000 rows/s are written: 500 requests/s at random instants", writes.measure),
     "pieces": ("Pieces: median of each", pieces),

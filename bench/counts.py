@@ -47,8 +47,8 @@ def count() -> Counts:
         project.materialize(folder)
         usual = pool.submit(_run, folder, "usual", {})
         bare = pool.submit(_run, folder, "bare", {"PYTHONMALLOC": "malloc"})
-        instructions, allocations = _each(usual.result(), _instructions), _each(bare.result(), _allocations)
-    return {case: {"instructions": instructions[case], "allocations": allocations[case]} for case in instructions}
+        run, allocated = _each(usual.result(), instructions), _each(bare.result(), allocations)
+    return {case: {"instructions": run[case], "allocations": allocated[case]} for case in run}
 
 
 def _run(folder: Path, name: str, settings: dict[str, str]) -> dict[str, list[Path]]:
@@ -70,13 +70,13 @@ def _each(dumps: dict[str, list[Path]], counted: Callable[[Path], int]) -> dict[
     return {case: round((counted(twice) - counted(once)) / REQUESTS) for case, (once, twice) in dumps.items()}
 
 
-def _instructions(dump: Path) -> int:
+def instructions(dump: Path) -> int:
     """Return the instructions of a dump of callgrind."""
     (total,) = (line for line in dump.read_text().splitlines() if line.startswith("totals:"))
     return int(total.split()[1])
 
 
-def _allocations(dump: Path) -> int:
+def allocations(dump: Path) -> int:
     """Return the calls of an allocator in a dump, which names a function once, "(number) name", and then "(number)"."""
     names: dict[str, str] = {}
     found, callee = 0, ""

@@ -15,33 +15,38 @@ from itertools import cycle
 import numpy as np
 
 from bench import load
-from bench.load import DATA, END_STREAM, HEADERS, WINDOW_UPDATE, Http2Connection
+from bench.load import DATA, END_STREAM, HEADERS, RESET, WINDOW_UPDATE, Http2Connection
 from featserve.load_test.arrivals import poisson
 from featserve.load_test.histogram import Histogram
 
 WARM_UP_S = 0.5
-LAST_ANSWERS_S = 5.0
+LAST_ANSWERS_S = 30.0
 AT_ONCE = 16
 """Requests that are sent before answers are looked at again."""
 
 
 @dataclass(slots=True)
 class Flooded:
-    """What came of the requests that should have started after the warm-up. ``answered`` and ``seconds``: of the time
-    in which requests arrived; ``lag``: how late they were sent. ``unanswered``: neither answered nor refused.
+    """What came of the requests that should have started after the warm-up, ``arrived`` of them. ``answered``: answers
+    that came in the ``seconds`` in which they arrived. ``lag``: how late requests were sent.
     """
 
     seconds: float
+    arrived: int = 0
     answered: int = 0
     answers: Histogram = field(default_factory=Histogram)
     refusals: Histogram = field(default_factory=Histogram)
     lag: Histogram = field(default_factory=Histogram)
-    unanswered: int = 0
 
     @property
     def goodput(self) -> float:
         """Answers a second."""
         return self.answered / self.seconds
+
+    @property
+    def unanswered(self) -> int:
+        """How many were neither answered nor refused."""
+        return self.arrived - self.answers.count - self.refusals.count
 
 
 class Flood(Http2Connection):
@@ -72,14 +77,18 @@ class Flood(Http2Connection):
                 self._flooded.lag.record(_ns(time.perf_counter() - due_s))
 
     def _take(self, kind: int, flags: int, stream: int, payload: bytes) -> bool:
+        if kind == RESET:  # of a refusal, perhaps after its answer: the rest of the request was not read
+            return self._end(stream) if stream in self.under_way else False
         self._keep_up(kind, flags, payload)
         if kind == WINDOW_UPDATE and stream == 0:
             self._window += int.from_bytes(payload, "big")
             self.send_due()
         elif kind == DATA and payload:
             self._answered.add(stream)
-        if kind not in (DATA, HEADERS) or not flags & END_STREAM:
-            return False
+        return self._end(stream) if kind in (DATA, HEADERS) and flags & END_STREAM else False
+
+    def _end(self, stream: int) -> bool:
+        """Count a request that has ended; say whether it was answered."""
         due_s, now_s = self.under_way.pop(stream), time.perf_counter()
         answered = stream in self._answered
         self._answered.discard(stream)
@@ -111,6 +120,7 @@ def run(address: str, keys: int, rate: float, seconds: float, *, entities: int, 
                 if due_s > now_s or due_s >= counted_s[1]:
                     break
                 connection = next(in_turn)
+                flooded.arrived += due_s >= counted_s[0]
                 connection.waiting.append(due_s)
                 connection.send_due()
                 due_s = started + next(instants) / 1e9
@@ -120,6 +130,5 @@ def run(address: str, keys: int, rate: float, seconds: float, *, entities: int, 
             for key, _ in ready.select(0.1 if ended else max(0.0, due_s - time.perf_counter())):
                 key.data.receive()
     for connection in opened:
-        flooded.unanswered += len(connection.under_way) + len(connection.waiting)
         connection.socket.close()
     return flooded

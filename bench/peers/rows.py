@@ -31,38 +31,38 @@ def read(folder: Path) -> Array:
 def fill_redis(port: int, values: Array, progress: Callable[[str], None]) -> None:
     """Write each row as blob:ENTITY and as hash:ENTITY."""
     length = values.shape[1] * 4
-    blob = _command([b"SET", b"blob:" + b"0" * DIGITS, b"\0" * length])
+    blob = command([b"SET", b"blob:" + b"0" * DIGITS, b"\0" * length])
     names = [b"f%d" % i for i in range(values.shape[1])]
-    hashed = _command([b"HSET", b"hash:" + b"0" * DIGITS, *(part for name in names for part in (name, b"\0" * 4))])
+    hashed = command([b"HSET", b"hash:" + b"0" * DIGITS, *(part for name in names for part in (name, b"\0" * 4))])
     blob_at = np.arange(len(blob) - 2 - length, len(blob) - 2)
-    hash_at = np.concatenate([np.arange(at, at + 4) for at in _places(hashed, b"$4\r\n")])
+    hash_at = places(hashed, values.shape[1])
     with socket.create_connection(("127.0.0.1", port)) as connection:
         answers = connection.makefile("rb")
         for first in range(0, len(values), AT_ONCE):
             progress(f"Redis: {first:,} of {len(values):,} rows")
             rows = values[first : first + AT_ONCE]
             for template, at in ((blob, blob_at), (hashed, hash_at)):
-                connection.sendall(_filled(template, at, rows, first))
+                connection.sendall(filled(template, at, rows, first))
                 for _ in rows:
                     if answers.readline()[:1] not in (b"+", b":"):
                         raise RuntimeError("Redis refused a row")
 
 
-def _command(parts: list[bytes]) -> bytes:
+def command(parts: list[bytes]) -> bytes:
     """Return a command as Redis reads it."""
     return b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%b\r\n" % (len(part), part) for part in parts)
 
 
-def _places(command: bytes, before: bytes) -> list[int]:
-    """Return where the values begin which ``before`` announces, but for the name of the command."""
-    found, at = [], command.find(before, len("*000\r\n$4\r\nHSET\r\n"))
-    while at >= 0:
-        found.append(at + len(before))
-        at = command.find(before, at + len(before))
-    return found
+def places(command: bytes, features: int) -> Array:
+    """Return where the bytes of the values are in an HSET of so many features of four bytes each."""
+    found, at = [], len(command)
+    for _ in range(features):
+        at = command.rindex(b"$4\r\n", 0, at)
+        found.append(np.arange(at + 4, at + 8))
+    return np.concatenate(found[::-1])
 
 
-def _filled(template: bytes, at: Array, rows: Array, first: int) -> bytes:
+def filled(template: bytes, at: Array, rows: Array, first: int) -> bytes:
     """Return a command for each row: the template with its entity and its values."""
     made = np.tile(np.frombuffer(template, np.uint8), (len(rows), 1))
     key_at = template.index(b":" + b"0" * DIGITS) + 1

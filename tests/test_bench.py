@@ -1,0 +1,132 @@
+"""What the measurements are built on: the load that they make, the counts that they read, and their verdicts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench import counts, flood, load, project, servers
+from bench.peers import page, rows, targets
+from bench.peers.rounds import KEYS, Cell, Cells, Length
+from bench.peers.systems import Client
+
+ENTITIES = 2_000
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a loaded project of few entities."""
+    made = tmp_path_factory.mktemp("bench")
+    project.make(made, ENTITIES)
+    project.materialize(made)
+    return made
+
+
+@pytest.fixture
+def address(folder: Path, request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run a server, with the [server] settings that the test asks for."""
+    settings = getattr(request, "param", "")
+    (folder / "featserve.toml").write_text(f"[server]\nport = 0\n{settings}", encoding="utf-8")
+    with servers.ours(folder) as server:
+        yield server.address
+
+
+def test_load_is_answered(address: str) -> None:
+    """Every connection of the closed loop gets answers, one after the other, as do those of the open one."""
+    measured = load.run(address, 10, entities=ENTITIES, requests=200, connections=3)
+    assert measured.requests >= 200
+    assert 0 < measured.p50_us <= measured.p99_us
+    flooded = flood.run(address, 10, 100.0, 2.0, entities=ENTITIES, connections=3, seed=1)
+    assert flooded.arrived == pytest.approx(200, abs=80)
+    assert flooded.answers.count == flooded.lag.count == flooded.arrived
+
+
+@pytest.mark.parametrize("address", ["max_concurrent = 1\n"], indirect=True)
+def test_refusals_are_told_from_answers(address: str) -> None:
+    """A server that may have one call under way refuses some of many; each is counted, once."""
+    flooded = flood.run(address, 300, 500.0, 1.0, entities=ENTITIES, connections=8, seed=1)
+    assert flooded.arrived == pytest.approx(500, abs=120)
+    assert flooded.refusals.count > 0
+    assert flooded.answers.count > 0
+    assert flooded.unanswered == 0
+
+
+def test_a_client_takes_orders(folder: Path, address: str) -> None:
+    """A client of the comparison answers the values that were written, and as many calls as were ordered."""
+    client = Client(sys.executable, "featserve_grpc", address)
+    try:
+        assert client.tell({"check": [0, 7, 1_999]}) == rows.read(folder)[[0, 7, 1_999]].tolist()
+        order = {"measure": 5, "entities": ENTITIES, "connections": 2, "calls": 20, "seconds": 0.1, "patience_s": 30}
+        found = client.tell(order)
+        assert len(found["taken_ns"]) >= 20
+        assert found["seconds"] >= 0.1
+        assert len(client.tell(order | {"calls": 10**9, "patience_s": 0.2})["taken_ns"]) < 10_000
+    finally:
+        client.close()
+
+
+def test_redis_commands_hold_their_rows() -> None:
+    """A command that is laid out as an array is the one that a client would send."""
+    values = np.arange(6, dtype="<f4").reshape(2, 3)
+    parts = [b"HSET", b"hash:0000000", *(part for i in range(3) for part in (b"f%d" % i, b"\0" * 4))]
+    expected = [b"HSET", b"hash:0000012", *(part for i in range(3) for part in (b"f%d" % i, values[1, i].tobytes()))]
+    template = rows.command(parts)
+    at = rows.places(template, values.shape[1])
+    assert rows.filled(template, at, values, 11)[len(template) :] == rows.command(expected)
+
+
+DUMP = """\
+fn=(1) main
+cfn=(2) malloc
+calls=3 0
+cfn=(3) free
+calls=9 0
+fn=(4) _other
+cfn=(2)
+calls=4 0
+cfn=(5) realloc
+calls=1 0
+totals: 1234
+"""
+
+
+def test_counts_are_read(tmp_path: Path) -> None:
+    """Of a dump, the total and the calls of allocators are read, of functions that are named once."""
+    (tmp_path / "dump").write_text(DUMP)
+    assert counts.instructions(tmp_path / "dump") == 1234
+    assert counts.allocations(tmp_path / "dump") == 8
+
+
+@pytest.mark.parametrize(
+    ("instructions", "allocations", "worse"),
+    [(1_029, 10, 0), (1_031, 10, 1), (1_000, 11, 1), (500, 5, 0), (2_000, 20, 2)],
+)
+def test_a_dearer_request_is_told(instructions: int, allocations: int, worse: int) -> None:
+    """Over 3 % more instructions, or one more allocation, are each told; fewer are not."""
+    baseline = {"one": {"instructions": 1_000, "allocations": 10}}
+    counted = {"one": {"instructions": instructions, "allocations": allocations}}
+    assert len(counts.compare(counted, baseline)) == worse
+    assert counts.compare(counted, {}) == ["one: no baseline"]
+
+
+def test_ratios_and_page_come_from_the_cells(tmp_path: Path) -> None:
+    """A ratio that meets its target passes, one that was not measured is left out, and the page holds what was."""
+    cells: Cells = {}
+    for name, taken_ns in ((targets.HERE, 10_000), (targets.BLOBS, 100_000), (targets.FEAST, 5_000_000)):
+        for keys in KEYS:
+            cells[name, keys, 1] = cell = Cell()
+            cell.add([taken_ns] * 20_000, 1.0)
+    found = targets.figures(cells)
+    assert [figure.verdict for figure in found] == ["PASS", "PASS"]
+    assert found[0].value == pytest.approx(0.1)
+    machine = {"at": "now", "cpus": 2, "cpu": "fast", "system": "Linux", "python": "3.11", "load_average": (0.1,)}
+    told = {"machine": machine, "versions": {"redis": "7"}, "missing": {"Feast, HTTP": "no such package"}}
+    path = page.write(tmp_path, cells, found, told | {"entities": 9, "feast_entities": 3}, Length(1, 1, 1, 1))
+    text = path.read_text(encoding="utf-8")
+    assert "\n| featserve, in process | 10.0 / " in text
+    assert "**Not measured: Feast, HTTP.** no such package" in text
+    assert (tmp_path / page.PLOT).stat().st_size > 1_000
