@@ -43,15 +43,16 @@ class Order:
 class Sql:
     """The SQL form, in DuckDB's dialect.
 
-    ``prepare``: the partials of an event by name, of ``{x}``, which is null where the event is left out, ``{pivot}``,
-    some number near the values of the entity, and the event's ``_event_time``, ``_known_at`` and ``_sequence``.
-    ``merge``: the aggregate function that merges each. ``finalize``: the value, of merged partials by name, which are
-    null for an empty window.
+    ``partials``: of some events, each by name one call of an aggregate function. ``{x}`` is the value, null where the
+    event is left out; ``_event_time``, ``_known_at`` and ``_sequence`` are the event's. ``merge``: calls over partials,
+    by their names, of which an empty window has none or null ones. ``center``, where ``merge`` needs it: a value of
+    the whole group, a window function over ``{group}``. ``finalize``: the value, of what ``merge`` made, by name.
     """
 
-    prepare: Mapping[str, str]
+    partials: Mapping[str, str]
     merge: Mapping[str, str]
     finalize: str
+    center: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,8 @@ def _as_is(partials: Partials) -> tuple[Array, None]:
     return partials[0], None
 
 
-N_SQL = "(CASE WHEN {x} IS NULL THEN 0 ELSE 1 END)"
+COUNT_SQL = "COUNT({x})"
+MEAN_SQL = "(CAST({s} AS DOUBLE) / NULLIF({n}, 0))"
 
 
 def _count(type: Type | None) -> Aggregator:
@@ -98,7 +100,7 @@ def _count(type: Type | None) -> Aggregator:
         lambda values, order: (_ones(values),),
         _adding,
         _as_is,
-        Sql({"n": N_SQL}, {"n": "SUM"}, "CAST(COALESCE({n}, 0) AS BIGINT)"),
+        Sql({"n": COUNT_SQL}, {"n": "SUM({n})"}, "CAST(COALESCE({n}, 0) AS BIGINT)"),
     )
 
 
@@ -127,7 +129,7 @@ def _sum(type: Type | None) -> Aggregator | None:
             lambda values, order: (values.astype(np.float64),),
             _adding,
             _as_is,
-            Sql({"s": "CAST({x} AS DOUBLE)"}, {"s": "SUM"}, "{s}"),
+            Sql({"s": "SUM(CAST({x} AS DOUBLE))"}, {"s": "SUM({s})"}, "{s}"),
         )
     return Aggregator(
         Int64,
@@ -136,8 +138,8 @@ def _sum(type: Type | None) -> Aggregator | None:
         _adding,
         lambda partials: _whole(*partials),
         Sql(
-            {"s": "CAST({x} AS DECIMAL(38, 0))"},
-            {"s": "SUM"},
+            {"s": "SUM(CAST({x} AS DECIMAL(38, 0)))"},
+            {"s": "SUM({s})"},
             "(CASE WHEN {s} BETWEEN -9223372036854775808 AND 9223372036854775807 THEN CAST({s} AS BIGINT) END)",
         ),
     )
@@ -154,7 +156,7 @@ def _mean(type: Type | None) -> Aggregator | None:
             lambda values, order: (_ones(values), values.astype(np.float64)),
             _adding,
             lambda partials: (partials[1] / partials[0], None),
-            Sql({"n": N_SQL, "s": "CAST({x} AS DOUBLE)"}, {"n": "SUM", "s": "SUM"}, "({s} / {n})"),
+            Sql({"n": COUNT_SQL, "s": "SUM(CAST({x} AS DOUBLE))"}, {"n": "SUM({n})", "s": "SUM({s})"}, MEAN_SQL),
         )
     return Aggregator(
         Float64,
@@ -163,9 +165,9 @@ def _mean(type: Type | None) -> Aggregator | None:
         _adding,
         lambda partials: ((partials[1] * 2.0**32 + partials[2]) / partials[0], None),
         Sql(
-            {"n": N_SQL, "s": "CAST({x} AS DECIMAL(38, 0))"},
-            {"n": "SUM", "s": "SUM"},
-            "(CAST({s} AS DOUBLE) / {n})",
+            {"n": COUNT_SQL, "s": "SUM(CAST({x} AS DECIMAL(38, 0)))"},
+            {"n": "SUM({n})", "s": "SUM({s})"},
+            MEAN_SQL,
         ),
     )
 
@@ -183,7 +185,11 @@ def _extreme(name: str, merge: np.ufunc) -> Callable[[Type | None], Aggregator |
             lambda values, order: (values + zero,),  # -0.0 is 0.0: which of them is less, engines differ in
             lambda partials, starts: (merge.reduceat(partials[0], starts),),
             _as_is,
-            Sql({"v": "(CASE WHEN {x} = 0 THEN 0 ELSE {x} END)"}, {"v": name.upper()}, "{v}"),
+            Sql(
+                {"v": f"{name.upper()}(CASE WHEN {{x}} = 0 THEN 0 ELSE {{x}} END)"},
+                {"v": f"{name.upper()}({{v}})"},
+                "{v}",
+            ),
         )
 
     return of
@@ -201,7 +207,7 @@ def _end(last: bool) -> Callable[[Type | None], Aggregator | None]:
     def of(type: Type | None) -> Aggregator | None:
         if type is None or type.vector:
             return None
-        event = "{{'e': _event_time, 'k': _known_at, 's': _sequence, 'x': {x}}}"
+        best, event = "MAX" if last else "MIN", "{{'e': _event_time, 'k': _known_at, 's': _sequence, 'x': {x}}}"
         return Aggregator(
             type,
             (INT64, INT64, INT64, INT64 if type.dtype is None else type.dtype),
@@ -209,9 +215,9 @@ def _end(last: bool) -> Callable[[Type | None], Aggregator | None]:
             merge,
             lambda partials: (partials[3], None),
             Sql(
-                {"v": f"(CASE WHEN {{x}} IS NOT NULL THEN {event} END)"},
-                {"v": "MAX" if last else "MIN"},
-                "{v}.x",
+                {"v": f"{best}(CASE WHEN {{x}} IS NOT NULL THEN {event} END)"},
+                {"v": f"{best}({{v}})"},
+                "({v}).x",
             ),
         )
 
@@ -238,7 +244,7 @@ def _stddev(type: Type | None) -> Aggregator | None:
 
     if not _is_number(type):
         return None
-    away = "(CAST({x} AS DOUBLE) - {pivot})"
+    number = "CAST({x} AS DOUBLE)"
     return Aggregator(
         Float64,
         (INT64, FLOAT64, FLOAT64),
@@ -246,9 +252,10 @@ def _stddev(type: Type | None) -> Aggregator | None:
         merge,
         finalize,
         Sql(
-            {"n": N_SQL, "s": away, "q": f"({away} * {away})"},
-            {"n": "SUM", "s": "SUM", "q": "SUM"},
-            "(CASE WHEN {n} > 1 THEN SQRT(GREATEST({q} - {s} * {s} / {n}, 0) / ({n} - 1)) END)",
+            {"n": COUNT_SQL, "mean": f"AVG({number})", "variance": f"VAR_POP({number})"},
+            {"n": "SUM({n})", "squares": "SUM({n} * ({variance} + ({mean} - {center}) * ({mean} - {center})))"},
+            "(CASE WHEN {n} > 1 THEN SQRT({squares} / ({n} - 1)) END)",
+            "(SUM({n} * {mean}) OVER {group} / NULLIF(SUM({n}) OVER {group}, 0))",
         ),
     )
 
@@ -264,7 +271,7 @@ def _distinct_count(type: Type | None) -> Aggregator | None:
         lambda values, order: (values + zero,),
         _adding,
         _as_is,
-        Sql({"n": N_SQL}, {"n": "SUM"}, "CAST(COALESCE({n}, 0) AS BIGINT)"),
+        Sql({"n": COUNT_SQL}, {"n": "SUM({n})"}, "CAST(COALESCE({n}, 0) AS BIGINT)"),
     )
 
 

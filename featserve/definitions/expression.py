@@ -220,25 +220,27 @@ def _without_nan(col: Column) -> Column:
 
 def sql(expression: Expression, types: Mapping[str, Type], quoted: Callable[[str], str]) -> str:
     """Return an expression in DuckDB's dialect. Timestamps are int64 microseconds; ``quoted`` names a column."""
+    text = _sql(expression, types, quoted)
+    # Not by comparing with NaN: DuckDB takes that for false where the statistics of a file show no such value. Within
+    # arithmetic NaN makes NaN, so it is enough to look at the end.
+    return f"(CASE WHEN ISNAN({text}) THEN NULL ELSE {text} END)" if type_of(expression, types, "").floating else text
+
+
+def _sql(expression: Expression, types: Mapping[str, Type], quoted: Callable[[str], str]) -> str:
+    """Return an expression whose value may be NaN in place of null."""
     operator, arguments = expression.operator, expression.arguments
     if operator == "col":
-        name = quoted(arguments[0])
-        return _sql_without_nan(name, types[arguments[0]]) if types[arguments[0]].floating else name
+        return quoted(arguments[0])
     if operator == "literal":
         return _sql_literal(expression)
-    given = [sql(argument, types, quoted) for argument in arguments]
     rule = OPERATORS[operator]
+    given = [(_sql if rule.form == "number" else sql)(argument, types, quoted) for argument in arguments]
     kinds = [type_of(argument, types, "") for argument in arguments]
     if rule.form == "number" or (rule.form == "comparison" and any(kind.floating for kind in kinds)):
         given = [
             text if kind is Float64 else f"CAST({text} AS DOUBLE)" for text, kind in zip(given, kinds, strict=True)
         ]
-    text = rule.sql.format(*given)
-    return _sql_without_nan(text, Float64) if rule.form == "number" else text
-
-
-def _sql_without_nan(text: str, type: Type) -> str:
-    return f"NULLIF({text}, CAST('NaN' AS {'DOUBLE' if type is Float64 else 'FLOAT'}))"
+    return rule.sql.format(*given)
 
 
 def _sql_literal(expression: Expression) -> str:
@@ -278,7 +280,7 @@ OPERATORS = {
     "+": Operator("number", np.add, "({0} + {1})"),
     "-": Operator("number", np.subtract, "({0} - {1})"),
     "*": Operator("number", np.multiply, "({0} * {1})"),
-    "/": Operator("number", _divide, "(CASE WHEN {1} = 0 THEN NULL ELSE {0} / {1} END)"),
+    "/": Operator("number", _divide, "({0} / NULLIF({1}, 0))"),
     "==": Operator("comparison", np.equal, "({0} = {1})"),
     "!=": Operator("comparison", np.not_equal, "({0} <> {1})"),
     "<": Operator("comparison", np.less, "({0} < {1})"),

@@ -13,6 +13,7 @@ from featserve.errors import SourceError, TooLarge
 from featserve.offline.memory import mebibytes
 from featserve.offline.scan import Scan
 from featserve.offline.sql import find_rows, source_rows
+from featserve.offline.windows import find_aggregates
 
 BATCH_ROWS = 131_072
 """Rows that a function is given at once."""
@@ -61,13 +62,16 @@ class DuckDBEngine:
 
 def _find(connection: Any, scan: Scan, last_us: int, progress: Callable[[str], None]) -> Any:
     connection.execute(f"CREATE OR REPLACE TEMP VIEW source_rows AS {source_rows(scan, _files(scan), 'epoch_us')}")
-    tables, answer = find_rows(scan, last_us)
-    for table, query in tables.items():
-        progress(f"{scan.view}: {table}")
-        connection.execute(f"CREATE TEMP TABLE {table} AS {query}")
+    steps, answer = (
+        find_rows(scan, last_us) if scan.aggregation is None else find_aggregates(scan, last_us, frames=True)
+    )
+    for step, tables in steps.items():
+        progress(f"{scan.view}: {step}")
+        for table, query in tables.items():
+            connection.execute(f"CREATE TEMP TABLE {table} AS {query}")
     progress(f"{scan.view}: features")
     found = connection.sql(answer).to_arrow_table()
-    for table in tables:
+    for table in (table for tables in steps.values() for table in tables):
         connection.execute(f"DROP TABLE {table}")
     return found
 

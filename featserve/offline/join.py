@@ -8,8 +8,8 @@ an answer is here, once. Knows no service, no default and no transform.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Generator, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Generator, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,18 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from featserve.arrow import arrow_type
-from featserve.definitions import FeatureView, Selection
+from featserve.definitions import FeatureView, Selection, Window, micros
 from featserve.errors import TooLarge
 from featserve.matrix import Status
 from featserve.offline import FIND_STEPS, OfflineEngine, Progress
-from featserve.offline.scan import open_scan
+from featserve.offline.scan import Aggregation, Scan, open_scan
 from featserve.types import NEVER_US, Timestamp, Type
+from featserve.windows import starts
 
 Int64s = npt.NDArray[np.int64]
+
+Starts = dict[tuple[Window, ...], int]
+"""The numbers of the labels' columns that say where windows start, or the earliest of several does."""
 
 MAX_LABELS = 2**31 - 1
 CHUNK_ROWS = 131_072
@@ -69,16 +73,40 @@ def join(
     for selection in selections:
         chosen.setdefault(selection.view.id, (selection.view, {}))[1].update(dict.fromkeys(selection.names))
     steps = _Steps(progress, (1 + FIND_STEPS) * len(chosen))
+    windows: Starts = {}
     with tempfile.TemporaryDirectory(prefix="featserve-", dir=temp_folder) as name:
         folder = Path(name)
         scans = []
         for view, names in chosen.values():
             steps.begin(f"{view.id}: source")
-            scans.append(open_scan(view.rows, names, root, folder))
-        found = engine.find(_labels(keys, time_us), scans, folder, steps.begin)
-        for (view, _), scan in zip(chosen.values(), scans, strict=True):
-            yield _joined(view, scan.features, next(found), time_us)
+            if view.events is None:
+                scans.append(open_scan(view.rows, names, root, folder))
+            else:
+                scans.append(_open_aggregation(view, names, windows, root, folder))
+        found = engine.find(_labels(keys, time_us, windows), scans, folder, steps.begin)
+        for view, names in chosen.values():
+            yield _joined(view, names, next(found), time_us)
     steps.end()
+
+
+def _open_aggregation(view: FeatureView, names: Collection[str], windows: Starts, root: Path, folder: Path) -> Scan:
+    """Return the scan of the events of ``view`` for its aggregates ``names``; adds their windows to ``windows``."""
+    assert view.events is not None
+    aggregates = tuple(a for a in view.aggregates if a.name in names)
+    all_windows = tuple(dict.fromkeys(a.over for a in view.aggregates))
+    read = {*view.entity.keys, *(name for a in aggregates for name in a.columns)}
+    if view.events.event_id is not None:
+        read.add(view.events.event_id)
+    scan = open_scan(view.rows, sorted(read), root, folder)
+    aggregation = Aggregation(
+        aggregates,
+        windows={a.over: windows.setdefault((a.over,), len(windows)) for a in aggregates},
+        earliest=windows.setdefault(all_windows, len(windows)),
+        event_id=view.events.event_id,
+        delay_us=0 if view.events.source is None else micros("delay", view.events.source.delay, zero=True),
+    )
+    features = {name: type for name, type in scan.features.items() if name not in view.entity.keys}
+    return replace(scan, keys=view.entity.keys, features=features, aggregation=aggregation)
 
 
 class _Steps:
@@ -99,7 +127,7 @@ class _Steps:
             self._progress("joined", self._total, self._total)
 
 
-def _labels(keys: Any, time_us: Int64s) -> Any:
+def _labels(keys: Any, time_us: Int64s, windows: Starts) -> Any:
     """Return the labels as engines take them; times among the keys are int64, as in the rows."""
     if len(time_us) > MAX_LABELS:
         raise TooLarge(f"{len(time_us):,} labels; the most that are joined at once is {MAX_LABELS:,}")
@@ -107,10 +135,12 @@ def _labels(keys: Any, time_us: Int64s) -> Any:
     for name in keys.column_names:
         column = keys.column(name)
         columns[name] = column.cast(pa.int64()) if column.type == arrow_type(Timestamp) else column
+    for some, number in windows.items():
+        columns[f"_start_{number}"] = pa.array(np.minimum.reduce([starts(window, time_us) for window in some]))
     return pa.table(columns)
 
 
-def _joined(view: FeatureView, features: Mapping[str, Type], found: Any, time_us: Int64s) -> JoinedView:
+def _joined(view: FeatureView, names: Iterable[str], found: Any, time_us: Int64s) -> JoinedView:
     """Put the rows that were found, in any order, where their labels are."""
     rows = found.column("_row").to_numpy()
     position = np.full(len(time_us), -1)
@@ -118,13 +148,13 @@ def _joined(view: FeatureView, features: Mapping[str, Type], found: Any, time_us
     missing = position < 0
     assert len(rows) == len(missing) - np.count_nonzero(missing), "an engine found two rows for one label"
     event_time_us = np.full(len(time_us), NEVER_US)
-    event_time_us[rows] = found.column("_event_time").to_numpy()
+    event_time_us[rows] = found.column("_event_time").fill_null(NEVER_US).to_numpy()
     expired = ~missing & _older(event_time_us, time_us, view.ttl_us)
     status = np.select(
         [missing, expired], [np.uint8(Status.NOT_FOUND), np.uint8(Status.EXPIRED)], np.uint8(Status.PRESENT)
     )
     indices = pa.array(position, mask=missing | expired)
-    columns = {name: _take(found.column(name), indices, type) for name, type in features.items()}
+    columns = {name: _take(found.column(name), indices, view.feature(name).type) for name in names}
     return JoinedView(view, columns, status, event_time_us)
 
 

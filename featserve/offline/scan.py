@@ -1,10 +1,10 @@
 """What an offline engine reads: Parquet files in which every value is exactly as declared, and keeps its constraints.
 
-Comes in: the rows of a view and some of their features. Goes out: a ``Scan``. The source's own Parquet files are scanned
-where their footers prove that any Parquet reader takes the same rows from them as ``featserve.sources``, the reader
-that defines what a source means. All else, CSV and whatever only the values could tell, is read by it once, into a
-temporary file. A source that ``materialize`` refuses is refused here in the same words, whichever features are wanted:
-what the footers do not prove sound is read and checked. Knows no engine.
+Comes in: rows and some of their features. Goes out: a ``Scan``. The source's own Parquet files are scanned where their
+footers prove that any Parquet reader takes the same rows from them as ``featserve.sources``, the reader that defines
+what a source means. All else, CSV and whatever only the values could tell, is read by it once, into a temporary file. A
+source that ``materialize`` refuses is refused here in the same words, whichever features are wanted: what the footers
+do not prove sound is read and checked. Knows no engine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from featserve.arrow import arrow_type, column_to_arrow
 from featserve.batch import EventBatch
 from featserve.checks import checked_batches
-from featserve.definitions import Rows
+from featserve.definitions import Aggregate, Rows, Window
 from featserve.errors import SourceError
 from featserve.offline.footers import Proof, prove
 from featserve.sources import read_batches, source_files
@@ -31,13 +31,29 @@ EVENT_TIME, KNOWN_AT = "_event_time", "_known_at"
 
 
 @dataclass(frozen=True, slots=True)
+class Aggregation:
+    """What is made of the rows of a scan where they are events.
+
+    ``windows``: for each window its number, which is that of the labels' column of starts; ``earliest``: the number of
+    the one that says where an event is in sight at all. ``event_id``: the feature that names events, if any.
+    ``delay_us``: how long after their event times events are known, where nothing else is told of them.
+    """
+
+    aggregates: tuple[Aggregate, ...]
+    windows: Mapping[Window, int]
+    earliest: int
+    event_id: str | None
+    delay_us: int
+
+
+@dataclass(frozen=True, slots=True)
 class Scan:
     """The rows of one view's source, in order: by file, then by position in the file.
 
     ``view``: its name and version. ``source``: what to call the source in an error. ``keys`` and ``features``: types by
     name; ``columns``: the column of each in the files. ``event_time`` and ``known_at``: columns of the files too; where
     ``known_at`` is None it is ``delay_us`` after the event time. ``int64_times``: times in the files are int64
-    microseconds, not Parquet timestamps.
+    microseconds, not Parquet timestamps. ``aggregation``: None where it is rows that are looked up.
     """
 
     view: str
@@ -50,6 +66,7 @@ class Scan:
     known_at: str | None
     delay_us: int
     int64_times: bool
+    aggregation: Aggregation | None = None
 
     @property
     def types(self) -> dict[str, Type]:

@@ -28,6 +28,7 @@ from featserve.errors import DefinitionError, SourceError, TransformError
 from featserve.offline.memory import machine_mebibytes, mebibytes
 from featserve.offline.scan import Scan
 from featserve.offline.sql import find_rows, source_rows
+from featserve.offline.windows import find_aggregates
 
 LOCAL = {
     "spark.driver.bindAddress": "127.0.0.1",
@@ -142,13 +143,16 @@ def _find(session: SparkSession, scan: Scan, last_us: int, progress: Callable[[s
     _files(session, scan).createOrReplaceTempView("source_files")
     rows = session.sql(_spark_sql(source_rows(scan, "source_files", "unix_micros")))
     rows.createOrReplaceTempView("source_rows")
-    tables, answer = find_rows(scan, last_us)
+    steps, answer = (
+        find_rows(scan, last_us) if scan.aggregation is None else find_aggregates(scan, last_us, frames=False)
+    )
     held = []
-    for table, query in tables.items():
-        progress(f"{scan.view}: {table}")
-        frame = session.sql(_spark_sql(query)).persist(StorageLevel.MEMORY_AND_DISK)
-        frame.createOrReplaceTempView(table)
-        held.append(frame)
+    for step, tables in steps.items():
+        progress(f"{scan.view}: {step}")
+        for table, query in tables.items():
+            frame = session.sql(_spark_sql(query)).persist(StorageLevel.MEMORY_AND_DISK)
+            frame.createOrReplaceTempView(table)
+            held.append(frame)
     progress(f"{scan.view}: features")
     found = session.sql(_spark_sql(answer)).toArrow()
     for frame in held:

@@ -33,6 +33,9 @@ from collections.abc import Iterable
 from featserve.offline.scan import Scan
 from featserve.types import Bool, Bytes, Float32, Float64, Int32, Int64, String, Timestamp, Type
 
+Steps = dict[str, dict[str, str]]
+"""The tables that a query needs, in order, by the step of the work that they are: all but the last of FIND_STEPS."""
+
 MAX_FILE_ROWS = 2**40
 SQL_TYPES = {
     Bool: "BOOLEAN",
@@ -54,49 +57,44 @@ def source_rows(scan: Scan, files: str, microseconds: str) -> str:
 
     def value(column: str, type: Type) -> str:
         if type.vector:
-            return _quoted(column)
+            return quoted(column)
         if type is Timestamp:
-            return _quoted(column) if scan.int64_times else f"{microseconds}({_quoted(column)})"
-        return f"CAST({_quoted(column)} AS {SQL_TYPES[type]})"
+            return quoted(column) if scan.int64_times else f"{microseconds}({quoted(column)})"
+        return f"CAST({quoted(column)} AS {SQL_TYPES[type]})"
 
     event_time = value(scan.event_time, Timestamp)
     known_at = f"{event_time} + {scan.delay_us}" if scan.known_at is None else value(scan.known_at, Timestamp)
-    columns = ", ".join(f"{value(scan.columns[name], type)} AS {_quoted(name)}" for name, type in scan.types.items())
+    columns = ", ".join(f"{value(scan.columns[name], type)} AS {quoted(name)}" for name, type in scan.types.items())
     return f"""
         SELECT {event_time} AS _event_time, {known_at} AS _known_at,
             CAST(_file AS BIGINT) * {MAX_FILE_ROWS} + _position AS _sequence, {columns}
         FROM {files}"""
 
 
-def find_rows(scan: Scan, last_us: int) -> tuple[dict[str, str], str]:
-    """Return the query that finds what each label sees, and before it the tables that it needs, with their queries.
+def find_rows(scan: Scan, last_us: int) -> tuple[Steps, str]:
+    """Return the query that finds what each label sees, and before it the tables that it needs.
 
     ``last_us``: no label is later. The answer has ``_row``, ``_event_time`` and the features, one row for each label
     that sees any.
     """
-    keys = _list(scan.keys)
-
-    def same_keys(one: str, other: str) -> str:
-        return " AND ".join(f"{one}.{_quoted(key)} = {other}.{_quoted(key)}" for key in scan.keys)
-
-    entities = f"SELECT MIN(_row) AS _entity, {keys} FROM labels GROUP BY {keys}"
+    keys = scan.keys
     latest = f"""
         SELECT _row, _entity, _time, _event_time FROM (
             SELECT _row, _entity, _time, MAX(_event_time) OVER (PARTITION BY _entity ORDER BY _time
                 RANGE BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW) AS _event_time
             FROM (
                 SELECT CAST(NULL AS INTEGER) AS _row, _entity, GREATEST(_event_time, _known_at) AS _time, _event_time
-                FROM source_rows AS r JOIN entities AS e ON {same_keys("r", "e")}
+                FROM source_rows AS r JOIN entities AS e ON {same_keys(keys, "r", "e")}
                 WHERE GREATEST(_event_time, _known_at) <= CAST('{last_us}' AS BIGINT)
                 UNION ALL
                 SELECT _row, _entity, _time, CAST(NULL AS BIGINT) AS _event_time
-                FROM labels AS l JOIN entities AS e ON {same_keys("l", "e")}
+                FROM labels AS l JOIN entities AS e ON {same_keys(keys, "l", "e")}
             ) AS u
         ) AS w WHERE _row IS NOT NULL AND _event_time IS NOT NULL"""
     candidates = f"""
         SELECT * FROM source_rows AS r WHERE EXISTS (
             SELECT 1 FROM latest AS l JOIN entities AS e ON l._entity = e._entity
-            WHERE {same_keys("r", "e")} AND r._event_time = l._event_time)"""
+            WHERE {same_keys(keys, "r", "e")} AND r._event_time = l._event_time)"""
     chosen = f"""
         SELECT _row, _sequence FROM (
             SELECT _row, LAST_VALUE(_sequence IGNORE NULLS) OVER (PARTITION BY _entity, _event_time
@@ -105,7 +103,7 @@ def find_rows(scan: Scan, last_us: int) -> tuple[dict[str, str], str]:
             FROM (
                 SELECT CAST(NULL AS INTEGER) AS _row, _entity, _event_time,
                     GREATEST(_event_time, _known_at) AS _time, _known_at, _sequence
-                FROM candidates AS c JOIN entities AS e ON {same_keys("c", "e")}
+                FROM candidates AS c JOIN entities AS e ON {same_keys(keys, "c", "e")}
                 UNION ALL
                 SELECT _row, _entity, _event_time, _time, CAST(NULL AS BIGINT) AS _known_at,
                     CAST(NULL AS BIGINT) AS _sequence
@@ -115,12 +113,24 @@ def find_rows(scan: Scan, last_us: int) -> tuple[dict[str, str], str]:
     answer = f"""
         SELECT a._row, c._event_time, {_list(scan.features, "c.")}
         FROM chosen AS a JOIN candidates AS c ON a._sequence = c._sequence"""
-    return {"entities": entities, "latest": latest, "candidates": candidates, "chosen": chosen}, answer
+    tables = {"entities": entities(keys), "latest": latest, "candidates": candidates, "chosen": chosen}
+    return {table: {table: query} for table, query in tables.items()}, answer
 
 
-def _quoted(name: str) -> str:
+def entities(keys: Iterable[str]) -> str:
+    """Return the query of the table ``entities``: ``_entity``, and the keys."""
+    names = _list(keys)
+    return f"SELECT MIN(_row) AS _entity, {names} FROM labels GROUP BY {names}"
+
+
+def same_keys(keys: Iterable[str], one: str, other: str) -> str:
+    """Return whether two rows have equal keys, all of them there."""
+    return " AND ".join(f"{one}.{quoted(key)} = {other}.{quoted(key)}" for key in keys)
+
+
+def quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
 def _list(names: Iterable[str], prefix: str = "") -> str:
-    return ", ".join(prefix + _quoted(name) for name in names)
+    return ", ".join(prefix + quoted(name) for name in names)
