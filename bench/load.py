@@ -28,6 +28,7 @@ END_STREAM, END_HEADERS, ACK = 1, 4, 1
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 WINDOW = 2**31 - 1
 FRAME_BYTES = 1 << 20
+PATIENCE_S = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ def run(
     """Ask the server at ``address`` ("host:port") for ``keys`` entities at a time, out of the first ``entities``.
 
     Each of ``connections`` has one request under way. Ends after ``seconds``, or after ``requests`` answers. Raises
-    RuntimeError for an answer that is none, or when no answer comes for ten seconds.
+    RuntimeError for an answer that is none, or when none comes for half a minute.
     """
     messages = bodies(keys, entities, seed)
     opened = [Http2Connection(address, messages) for _ in range(connections)]
@@ -125,9 +126,9 @@ def drive(opened: Sequence[Connection], ended: Callable[[int, float], bool]) -> 
         started = time.perf_counter()
         answered = 0
         while not ended(answered, time.perf_counter() - started):
-            ready = waiting.select(10)
+            ready = waiting.select(PATIENCE_S)
             if not ready:
-                raise RuntimeError("no answer came for ten seconds")
+                raise RuntimeError(f"no answer came for {PATIENCE_S} seconds")
             answered += sum(key.data.receive() for key, _ in ready)
         elapsed_s = time.perf_counter() - started
     for connection in opened:

@@ -55,8 +55,8 @@ class Server:
 
 
 def ours(folder: Path) -> Server:
-    """Return the server that a user starts."""
-    return Server("featserve", "featserve", "serve", "--project", str(folder), "--port", "0")
+    """Return the server that a user starts, with one worker: all that it is held against is one process."""
+    return Server("featserve", "featserve", "serve", "--project", str(folder), "--port", "0", "--workers", "1")
 
 
 def bare(folder: Path) -> Server:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure as Drawing
 
 from bench.peers.rounds import KEYS, Cell, Cells, Length
-from bench.report import Figure, number
+from bench.report import ROOT, Figure, number
 
 PLOT = "benchmarks.svg"
 METHOD = """\
@@ -23,9 +24,14 @@ Python would be slower than what it measures. Redis is asked by eight threads of
 client. It is redis-py as `pip install redis` brings it, and with hiredis, its parser in C, where that is said.
 
 Feast runs as `feast listen` and `feast serve` start it, one process each, over Redis, and holds {feast_entities:,}
-entities, as its API writes a few thousand rows a second; the others hold {entities:,}. Features are float32 in Feast
-and in Redis, where they are packed; featserve stores float64 and answers float32. The bare handler is a gRPC method
-that does the same look-up as featserve and checks nothing."""
+entities, as its API writes at most a few thousand rows a second; the others hold {entities:,}. Features are float32 in
+Feast and in Redis, where they are packed; featserve stores float64 and answers float32, from one worker. The bare
+handler is a gRPC method that does the same look-up as featserve and checks nothing."""
+
+AGAIN = """\
+It installs each peer in an environment of its own in `.peers/`, of the versions that `bench/peers/requirements/` pins,
+and writes this page and `bench/results/peers.json`. With `ARGS=--brief` it takes a few minutes, tells fewer quantiles,
+and leaves this page alone."""
 
 
 def write(folder: Path, cells: Cells, targets: list[Figure], told: dict[str, Any], length: Length) -> Path:
@@ -33,7 +39,7 @@ def write(folder: Path, cells: Cells, targets: list[Figure], told: dict[str, Any
     folder.mkdir(parents=True, exist_ok=True)
     drawn(cells).savefig(folder / PLOT, metadata={"Date": None})
     page = folder / "benchmarks.md"
-    page.write_text("\n".join(_lines(cells, targets, told, length)) + "\n", encoding="utf-8")
+    page.write_text("\n".join(_lines(cells, targets, told, length)).rstrip() + "\n", encoding="utf-8")
     return page
 
 
@@ -46,19 +52,22 @@ def _lines(cells: Cells, targets: list[Figure], told: dict[str, Any], length: Le
         "<!-- Written by `make bench-peers`: edit bench/peers/page.py. -->",
         "",
     )
-    yield from (METHOD.format(**told), "")
-    yield f"Measured at {machine['at']} on {machine['cpus']} x {machine['cpu']}, {machine['system']}, Python"
-    yield f"{machine['python']}; {', '.join(f'{name} {at}' for name, at in told['versions'].items())}. Rounds:"
-    yield f"{length.rounds}; the load average before was {machine['load_average'][0]:.1f}. Absolute times are this"
-    yield from ("machine's; ratios carry further.", "")
+    yield from _filled(METHOD.format(**told))
+    versions = ", ".join(f"{name} {at}" for name, at in told["versions"].items())
+    yield from _filled(
+        f"Measured at {machine['at']} on {machine['cpus']} CPUs, {machine['cpu']}, with Python {machine['python']}, "
+        f"{versions}, in {length.rounds} rounds. The load average before was {machine['load_average'][0]:.1f}"
+        f"{', so others were at work: trust no figure by itself' if machine['load_average'][0] > 1 else ''}. Absolute "
+        "times are this machine's; ratios carry further."
+    )
     for name, why in told["missing"].items():
-        yield from (f"**Not measured: {name}.** {why.strip().splitlines()[0]}", "")
+        yield from _filled(f"**Not measured: {name}.** {why.replace(f'{ROOT}/', '').strip().splitlines()[0]}")
     yield from ("![p50 and throughput of all systems](benchmarks.svg)", "", "## Latency of one call, µs", "")
     yield from _table(cells, names, 1, _latency)
-    yield from ("", "p50 and p99; — where fewer than 100 calls lie beyond it.", "")
+    yield from ("", "p50 and p99, or the p90 where fewer than 100 calls lie beyond the p99.", "")
     yield from ("## Answers a second at eight connections", "")
     yield from _table(cells, names, 8, _throughput)
-    yield from ("", "In brackets the p99 of a call in µs, eight at once.", "", "## Ratios", "")
+    yield from ("", "In brackets the p99 (or p90) of a call in µs, eight at once.", "", "## Ratios", "")
     yield from ("| | measured | target | | of |", "|---|--:|--:|---|---|")
     for f in targets:
         assert f.target is not None
@@ -66,9 +75,13 @@ def _lines(cells: Cells, targets: list[Figure], told: dict[str, Any], length: Le
         yield f"| {f.name} | {number(f.value)} | {bound} | {f.verdict} | {f.note.replace(' us', ' µs')} |"
     yield from ("", "Ratios are medians over the rounds; those of a p99 are of all calls.", "", "## Again", "")
     yield from ("```", "apt-get install redis-server", "make bench-peers", "```", "")
-    yield "It installs each peer in an environment of its own in `.peers/`, of the versions that"
-    yield "`bench/peers/requirements/` pins, and writes this page and `bench/results/peers.json`. `ARGS=--brief`"
-    yield "takes a few minutes, tells fewer quantiles, and leaves this page alone."
+    yield from _filled(AGAIN)
+
+
+def _filled(text: str) -> Iterator[str]:
+    """Yield the lines of paragraphs, and an empty one after each."""
+    for paragraph in text.split("\n\n"):
+        yield from (textwrap.fill(paragraph, 120, break_long_words=False, break_on_hyphens=False), "")
 
 
 def _table(cells: Cells, names: list[str], connections: int, cell_of: Any) -> Iterator[str]:
@@ -81,15 +94,18 @@ def _table(cells: Cells, names: list[str], connections: int, cell_of: Any) -> It
 
 
 def _latency(cell: Cell) -> str:
-    return f"{number(cell.p50_us)} / {_or_dash(cell.told_us('p99'))}"
+    return f"{number(cell.p50_us)} / {_tail(cell)}"
 
 
 def _throughput(cell: Cell) -> str:
-    return f"{number(cell.rate)} ({_or_dash(cell.told_us('p99'))})"
+    return f"{number(cell.rate)} ({_tail(cell)})"
 
 
-def _or_dash(value: float | None) -> str:
-    return "—" if value is None else number(value)
+def _tail(cell: Cell) -> str:
+    if cell.tail is None:
+        return "—"
+    name, told = cell.tail
+    return number(told) if name == "p99" else f"{name} {number(told)}"
 
 
 def drawn(cells: Cells) -> Drawing:

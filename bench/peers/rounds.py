@@ -57,6 +57,14 @@ class Cell:
         """The median round's answers a second."""
         return statistics.median(self.rates)
 
+    @property
+    def tail(self) -> tuple[str, float] | None:
+        """The p99 or, where there are too few calls to tell it, the p90, by name; None where that cannot be told."""
+        for name in ("p99", "p90"):
+            if (told := self.told_us(name)) is not None:
+                return name, told
+        return None
+
     def told_us(self, quantile: str) -> float | None:
         """Return a quantile of all calls, None where fewer than a hundred are beyond it."""
         told = self.latency.told_ns(QUANTILES[quantile])
@@ -110,7 +118,8 @@ def _turn(system: System, keys: int, connections: int, length: Length, seed: int
         seconds = load.drive(
             opened,
             lambda answered, elapsed_s: (
-                elapsed_s >= length.patience_s or (elapsed_s >= length.seconds and answered >= length.calls)
+                answered > 0
+                and (elapsed_s >= length.patience_s or (elapsed_s >= length.seconds and answered >= length.calls))
             ),
         )
         return [int(each * 1e9) for connection in opened for each in connection.latencies_s], seconds
