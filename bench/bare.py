@@ -1,19 +1,22 @@
-"""The bare server: what our server's requests per second are held against.
+"""The bare servers: what our server's requests per second are held against, one on each transport.
 
-A grpc.aio handler on uvloop that does the same look-up as our server and nothing else: it decodes the same request,
-reads the same keys from the same store with one call, and answers the same values in the same message. It checks
-nothing: no service, no key column, no version, time, null, missing or corrupt row, no limit and no deadline.
+Each does the same look-up as our server and nothing else: it decodes the same request, reads the same keys from the
+same store with one call, and answers the same values in the same message. It checks nothing: no service, no key column,
+no version, time, null, missing or corrupt row, no limit and no deadline. On grpcio it is a grpc.aio handler on uvloop,
+on pygrpc-native a loop over the calls that have arrived.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import uvloop
+from pygrpc_native import NativeGrpcFront
 
 from bench.project import FEATURES, VIEW
 from featserve._proto import serving_pb2 as pb
@@ -22,11 +25,13 @@ from featserve.config import load_config
 from featserve.registry import Registry
 from featserve.store.rocksdb import RocksStore
 
-METHOD = "featserve.v1.FeatureServingService"
+SERVICE = "featserve.v1.FeatureServingService"
+ADDRESS = "127.0.0.1:0"
+TAKEN_AT_ONCE = 64
 
 
-async def serve(folder: Path) -> None:
-    """Serve the project's view on a free port; print the address; never return."""
+def look_up(folder: Path) -> Callable[[bytes], bytes]:
+    """Return what answers a request for the project's view: bytes in, bytes out."""
     config = load_config(folder)
     with Registry.open(config.registry.url) as registry:
         view = registry.snapshot().view(VIEW)
@@ -41,20 +46,44 @@ async def serve(folder: Path) -> None:
     get = store._db.get  # type: ignore[union-attr]
     parse, answer = pb.GetFeaturesRequest.FromString, pb.GetFeaturesResponse
 
-    async def get_features(data: bytes, context: object) -> bytes:
+    def get_features(data: bytes) -> bytes:
         keys = parse(data).keys[0].data
         rows = get([prefix + keys[at : at + 8][::-1] for at in range(0, len(keys), 8)])
         matrix = np.frombuffer(b"".join(rows), "<f8").reshape(len(rows), -1)[:, head:].astype("<f4")
         return answer(rows=len(rows), values=matrix.tobytes()).SerializeToString()
 
+    return get_features
+
+
+async def serve_grpcio(get_features: Callable[[bytes], bytes]) -> None:
+    """Serve on a free port; print the address; never return."""
+
+    async def handle(data: bytes, context: object) -> bytes:
+        return get_features(data)
+
     server = grpc.aio.server()
-    handler: Any = grpc.unary_unary_rpc_method_handler(get_features)
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(METHOD, {"GetFeatures": handler}),))
-    port = server.add_insecure_port("127.0.0.1:0")
+    handler: Any = grpc.unary_unary_rpc_method_handler(handle)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"GetFeatures": handler}),))
+    port = server.add_insecure_port(ADDRESS)
     await server.start()
     print(f"127.0.0.1:{port}", flush=True)
     await server.wait_for_termination()
 
 
+def serve_native(get_features: Callable[[bytes], bytes]) -> None:
+    """Serve on a free port; print the address; never return."""
+    front = NativeGrpcFront(ADDRESS, [(f"/{SERVICE}/GetFeatures", False)])
+    front.start()
+    print(f"127.0.0.1:{front.bound_port}", flush=True)
+    while events := front.recv_batch(TAKEN_AT_ONCE):
+        for _, call_id, _, data, _ in events:
+            assert data is not None
+            front.respond(call_id, get_features(data))
+
+
 if __name__ == "__main__":
-    uvloop.run(serve(Path(sys.argv[1])))
+    transport, folder = sys.argv[1:]
+    if transport == "grpcio":
+        uvloop.run(serve_grpcio(look_up(Path(folder))))
+    else:
+        serve_native(look_up(Path(folder)))

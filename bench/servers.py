@@ -54,11 +54,13 @@ class Server:
         return float(self._watched.memory_info().rss / 2**20)
 
 
-def ours(folder: Path) -> Server:
-    """Return the server that a user starts, with one worker: all that it is held against is one process."""
-    return Server("featserve", "featserve", "serve", "--project", str(folder), "--port", "0", "--workers", "1")
+def ours(folder: Path, transport: str | None = None) -> Server:
+    """Return the server that a user starts, one process of it; ``transport``: instead of the project's."""
+    chosen = [] if transport is None else ["--transport", transport]
+    arguments = ["serve", "--project", str(folder), "--port", "0", "--workers", "1", *chosen]
+    return Server("featserve" if transport is None else f"featserve, {transport}", "featserve", *arguments)
 
 
-def bare(folder: Path) -> Server:
-    """Return the bare handler."""
-    return Server("bare grpc.aio", "bench.bare", str(folder))
+def bare(folder: Path, transport: str = "grpcio") -> Server:
+    """Return the bare server on a transport."""
+    return Server(f"bare {transport}", "bench.bare", transport, str(folder))

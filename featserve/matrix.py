@@ -69,6 +69,17 @@ class FeatureMatrix:
             result[(result == Status.PRESENT) & ~self.valid] = Status.NULL
         return result
 
+    def part(self, start: int, stop: int) -> FeatureMatrix:
+        """Return the rows from ``start`` up to ``stop``; they share their memory."""
+        return FeatureMatrix(
+            self.schema,
+            self.values[start:stop],
+            tuple([column.part(start, stop) for column in self.columns]),
+            self.view_status[start:stop],
+            None if self.valid is None else self.valid[start:stop],
+            None if self.event_times is None else self.event_times[start:stop],
+        )
+
     def column(self, name: str) -> Column:
         """Return the feature ``view.feature`` as a typed column, its default (else zero or NaN) where it is null.
 

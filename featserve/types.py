@@ -158,6 +158,14 @@ class Column:
             values = [v if ok else None for v, ok in zip(values, self.valid.tolist(), strict=True)]
         return values
 
+    def part(self, start: int, stop: int) -> Column:
+        """Return the column of the values from ``start`` up to ``stop``; it shares their memory."""
+        valid = None if self.valid is None else self.valid[start:stop]
+        if self.offsets is None:
+            return Column(self.type, self.values[start:stop], None, valid)
+        offsets = self.offsets[start : stop + 1]
+        return Column(self.type, self.values[offsets[0] : offsets[-1]], offsets - offsets[0], valid)
+
     def take(self, rows: npt.NDArray[np.int64]) -> Column:
         """Return the column of the values at ``rows`` (int64 positions, in that order, repeats allowed)."""
         valid = None if self.valid is None else self.valid[rows]

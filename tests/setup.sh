@@ -18,6 +18,10 @@ has_valgrind() {
     command -v valgrind >/dev/null
 }
 
+has_h2load() {
+    command -v h2load >/dev/null
+}
+
 packages=()
 need() {
     packages+=("$1")
@@ -26,6 +30,7 @@ need() {
 has_postgresql || need postgresql "the registry's tests start a PostgreSQL server of their own"
 has_java || need default-jre-headless "the tests of Spark need Java 17 or newer"
 has_valgrind || need valgrind "make counts counts instructions with it"
+has_h2load || need nghttp2-client "a million requests are sent with its h2load"
 ((${#packages[@]})) || exit 0
 
 give_up() {
@@ -48,3 +53,4 @@ echo "tests/setup.sh: installing ${packages[*]} with apt-get"
 has_postgresql || give_up "PostgreSQL's initdb is still not to be found"
 has_java || give_up "Java 17 or newer is still not to be found${JAVA_HOME:+ in JAVA_HOME=$JAVA_HOME}"
 has_valgrind || give_up "valgrind is still not to be found"
+has_h2load || give_up "h2load is still not to be found"

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +36,7 @@ from featserve.store.follow import Behind
 
 METHODS: tuple[tuple[str, Callable[[Service, bytes, Call], bytes]], ...] = (*READS.items(), *WRITES.items())
 """The methods that are served here, each by its number: reads first."""
+GET_FEATURES = 0
 
 TAKEN_AT_ONCE = 1_024
 ANSWERED_AT_ONCE = 16
@@ -56,6 +58,19 @@ class Waiting(NamedTuple):
     remaining_s: float
 
 
+class Turn:
+    """A call whose turn has come, with what is left of its deadline, watched from here on."""
+
+    __slots__ = ("call", "call_id", "data", "method", "watch")
+
+    def __init__(self, telemetry: Telemetry, call_id: int, waiting: Waiting) -> None:
+        self.call_id = call_id
+        self.method, self.data, metadata, taken_s, remaining_s = waiting
+        waited_s = time.monotonic() - taken_s
+        self.call = Call(metadata, remaining_s - waited_s)
+        self.watch = telemetry.watch(METHODS[self.method][0], self.call, waited_s)
+
+
 class NativeServer:
     """A pygrpc-native server of the service, with a ``GrpcioServer`` behind it."""
 
@@ -70,6 +85,8 @@ class NativeServer:
         self._overloaded = _encoded(encode_error(overloaded(self._most_calls)))
         self._draining = False
         self._reads: dict[int, Waiting] = {}
+        self._late: dict[int, Turn] = {}
+        """Reads that wait for the store to catch up."""
         # Of the writes, one that is under way is no longer among those that wait.
         self._writes: dict[int, Waiting] = {}
         self._writing = 0
@@ -115,9 +132,11 @@ class NativeServer:
     def _serve(self) -> None:
         """Take calls and answer them until the front is closed."""
         while self._take():
-            for call_id in list(islice(self._reads, ANSWERED_AT_ONCE)):
-                self._answer(call_id, self._reads[call_id])
-                del self._reads[call_id]
+            turns = [Turn(self._telemetry, *read) for read in islice(self._reads.items(), ANSWERED_AT_ONCE)]
+            answers = self._together(turns)
+            for turn in turns:
+                self._answer(turn, answers.get(turn.call_id))
+                del self._reads[turn.call_id]
             self._count()
 
     def _take(self) -> bool:
@@ -173,21 +192,33 @@ class NativeServer:
         """Run a write whose turn it is, unless it was cancelled or has expired."""
         self._writing = 1
         if (waiting := self._writes.pop(call_id, None)) is not None:
-            self._answer(call_id, waiting)
+            self._answer(Turn(self._telemetry, call_id, waiting))
         self._writing = 0
         self._count()
 
-    def _answer(self, call_id: int, waiting: Waiting) -> None:
-        """Answer a call with what is left of its deadline."""
-        method, data, metadata, taken_s, remaining_s = waiting
-        waited_s = time.monotonic() - taken_s
-        call = Call(metadata, remaining_s - waited_s)
-        name, run = METHODS[method]
+    def _together(self, turns: list[Turn]) -> dict[int, bytes | None]:
+        """Answer the GetFeatures calls among these with one read; without answers is who has to be answered alone."""
+        asking = [turn for turn in turns if turn.method == GET_FEATURES]
+        if len(asking) < 2:
+            return {}
         try:
-            with self._telemetry.watch(name, call, waited_s):
-                answer = run(self._service, data, call)
+            answers = self._service.get_features_together([(turn.data, turn.call) for turn in asking])
+        except Exception:  # noqa: BLE001 - the top of a request
+            return {}  # alone, each says what is wrong with it
+        return {turn.call_id: answer for turn, answer in zip(asking, answers, strict=True)}
+
+    def _answer(self, turn: Turn, answer: bytes | None = None, caught_up: Future[None] | None = None) -> None:
+        """Answer a call; ``answer``: where that was made already; ``caught_up``: what it had to wait for."""
+        call_id = turn.call_id
+        try:
+            with turn.watch:
+                if caught_up is not None:
+                    caught_up.result()
+                if answer is None:
+                    answer = METHODS[turn.method][1](self._service, turn.data, turn.call)
         except Behind as behind:
-            behind.caught_up.add_done_callback(lambda done: self._answer_late(call_id, waiting, done))
+            self._late[call_id] = turn
+            behind.caught_up.add_done_callback(partial(self._answer_late, call_id))
             return
         except Exception as error:  # noqa: BLE001 - the top of a request
             self._front.fail(call_id, *_encoded(failed(error)))
@@ -197,13 +228,11 @@ class NativeServer:
         else:
             self._front.respond(call_id, answer)
 
-    def _answer_late(self, call_id: int, waiting: Waiting, caught_up: Future[None]) -> None:
+    def _answer_late(self, call_id: int, caught_up: Future[None]) -> None:
         """Answer a read, once the store holds the write that it asks for, or its time is over."""
-        if (error := caught_up.exception()) is None:
-            self._answer(call_id, waiting)
-        else:
-            assert isinstance(error, Exception)
-            self._front.fail(call_id, *_encoded(failed(error)))
+        if (turn := self._late.pop(call_id, None)) is not None:
+            self._answer(turn, caught_up=caught_up)
+            self._count()
 
     def _expire(self, now_s: float) -> None:
         """End the writes whose default deadline has passed before their turn."""
@@ -215,16 +244,18 @@ class NativeServer:
 
     def _drop(self, call_id: int) -> bool:
         """Take a call that has ended before its turn out of its queue; say whether it was still there."""
-        waiting = self._reads.pop(call_id, None) or self._writes.pop(call_id, None)
-        if waiting is None:
-            return False
-        call = Call(waiting.metadata)
-        with suppress(CancelledError), self._telemetry.watch(METHODS[waiting.method][0], call):
+        turn = self._late.pop(call_id, None)
+        if turn is None:
+            waiting = self._reads.pop(call_id, None) or self._writes.pop(call_id, None)
+            if waiting is None:
+                return False
+            turn = Turn(self._telemetry, call_id, waiting)
+        with suppress(CancelledError), turn.watch:
             raise CancelledError
         return True
 
     def _active(self) -> int:
-        return len(self._reads) + len(self._writes) + self._writing
+        return len(self._reads) + len(self._late) + len(self._writes) + self._writing
 
     def _count(self) -> None:
         with self._counting:  # of two threads, the last one sees what both have done

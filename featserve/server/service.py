@@ -2,17 +2,18 @@
 
 Knows no transport. Each transport calls ``METHODS[name]`` and turns errors into statuses with ``status``. Reads are run
 where they arrive; writes are run one at a time, in the transport's writer thread. A read that raises ``Behind`` is run
-again once that is ``caught_up``.
+again once that is ``caught_up``. A transport that has several reads at once may ask for their answers together.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from featserve._proto import serving_pb2 as pb
-from featserve.batch import Written
+from featserve.batch import EntityKeys, Written
 from featserve.engine import NOTHING, Engine
 from featserve.errors import DeadlineExceeded, FeatserveError, invalid
 from featserve.matrix import FeatureMatrix
@@ -33,6 +34,10 @@ from featserve.wire import (
 WAITED = 0.9
 """The part of its deadline that a request waits for a write; the rest is for saying that it did not come."""
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["FeatureServingService"].full_name
+
+
+TOGETHER_BYTES = 512
+"""The largest request that is answered together with others: a hundred rows gain nothing, and hold the others up."""
 
 
 class Record:
@@ -87,6 +92,39 @@ class Service:
         """Answer a GetFeaturesRequest."""
         begin(call)
         return self._features(parse(pb.GetFeaturesRequest, data), call).SerializeToString()
+
+    def get_features_together(self, calls: Sequence[tuple[bytes, Call]]) -> list[bytes | None]:
+        """Answer GetFeaturesRequests that have come at the same time, those for one service with one read.
+
+        None for each that ``get_features`` has to answer: what asks for more than values, or is wrong in some way. An
+        error of a read is raised, as nobody's in particular.
+        """
+        answers: list[bytes | None] = [None] * len(calls)
+        shares: dict[str, tuple[ReadPlan, list[tuple[int, EntityKeys]]]] = {}
+        for i, (data, call) in enumerate(calls):
+            if len(data) > TOGETHER_BYTES:
+                continue
+            with suppress(FeatserveError):
+                begin(call)
+                request = parse(pb.GetFeaturesRequest, data)
+                plan = self.engine.plans.service(request.service)
+                if _plain(request, call) and not plan.steps:
+                    keys = decode_keys(request.keys, plan.schema.keys, self._limits.max_rows)
+                    shares.setdefault(plan.schema.hash, (plan, []))[1].append((i, keys))
+        now_us = self._clock_us()
+        for plan, share in shares.values():
+            keys = EntityKeys.joined([keys for _, keys in share]) if len(share) > 1 else share[0][1]
+            matrix = self.engine.read(plan, keys, now_us)
+            start = 0
+            for i, keys in share:
+                stop = start + keys.count
+                part = matrix.part(start, stop)
+                record = calls[i][1].record
+                if record is not None:
+                    record.plan, record.matrix, record.now_us = plan, part, now_us
+                answers[i] = encode_matrix(part).SerializeToString()
+                start = stop
+        return answers
 
     def stream_features(self, data: bytes, call: Call) -> bytes:
         """Answer one message of a StreamFeatures call; an error is an answer, too."""
@@ -222,6 +260,19 @@ class RowStream:
     def finish(self) -> bytes:
         """Return the answer."""
         return self._totals.SerializeToString()
+
+
+def _plain(request: pb.GetFeaturesRequest, call: Call) -> bool:
+    """Say whether a request asks for values as of now and nothing else, and nobody wants to know more of it."""
+    record = call.record
+    return (record is None or (record.stages is None and not record.ages)) and not (
+        request.include_schema
+        or request.include_event_times
+        or request.include_stages
+        or request.at_least
+        or request.request_columns
+        or request.HasField("as_of_us")
+    )
 
 
 def begin(call: Call) -> None:

@@ -24,7 +24,7 @@ from featserve.server.status import code_of
 from featserve.server.tally import Tally
 from featserve.server.workers import Part
 from featserve.store import OnlineStore
-from featserve.store.follow import Follower
+from featserve.store.follow import Behind, Follower
 
 if TYPE_CHECKING:
     from featserve.server.metrics import Page
@@ -125,6 +125,8 @@ class _Watch(Record):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if isinstance(error, Behind):  # not the end: it is run again
+            return
         telemetry, code = self._telemetry, OK
         if error is not None or self.error is not None:
             code = self._failed(error)

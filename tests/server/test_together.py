@@ -1,0 +1,126 @@
+"""Reads that come at the same time: answered together or alone, each gets what it would have got by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+import featserve
+from featserve._proto import serving_pb2 as pb
+from featserve.errors import CorruptRow, FeatserveError
+from featserve.server.service import TOGETHER_BYTES, Call, Limits, Record, Service
+from featserve.stages import Stages
+from tests.server.messages import activity, now_us, numbers, packed, ranking, read_error, texts, weather, wide
+from tests.serving import DAMAGED, Project, Server
+
+pytest_plugins = ["tests.served"]
+
+NOW_US = now_us() + 60_000_000
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """Open a project with some rows in process; its clock stands still, so that an answer is one of bytes."""
+    project = Project.make(tmp_path_factory.mktemp("together"))
+    project.damage()
+    with featserve.open(project.folder, write=True) as opened:
+        service = Service(opened.engine, Limits(10_000, 60_000_000), lambda: NOW_US)
+        writes = [numbers(range(20), 1.0), activity(1, now_us()), weather("de", "10115", 20.5, 3.25)]
+        for write in [*writes, activity(2, now_us() - 10**10)]:
+            service.write_rows(write.SerializeToString(), Call())
+        yield service
+
+
+def some(rng: np.random.Generator) -> pb.GetFeaturesRequest:
+    """Return a request for values of one to five users: there, expired or not there."""
+    users = rng.integers(0, 30, size=rng.integers(1, 6)).tolist()
+    request = wide(*users) if rng.random() < 0.5 else ranking(*users)
+    if request.service == "ranking" and rng.random() < 0.5:
+        request.service = "compact"
+    return request
+
+
+def special(rng: np.random.Generator) -> pb.GetFeaturesRequest:
+    """Return a request that is more than that, or wrong."""
+    return [
+        wide(1, include_event_times=True),
+        wide(1, include_schema=True),
+        wide(1, include_stages=True),
+        wide(1, as_of_us=NOW_US - 10**9),
+        wide(1, at_least="nothing"),
+        wide(),
+        wide(*range(TOGETHER_BYTES // 8)),
+        pb.GetFeaturesRequest(service="nope"),
+        pb.GetFeaturesRequest(service="wide", keys=[texts("user_id", "x")]),
+        pb.GetFeaturesRequest(service="wide", request_columns=[packed("x", "f", 1.0)], keys=wide(1).keys),
+    ][rng.integers(10)]
+
+
+def alone(service: Service, request: pb.GetFeaturesRequest) -> bytes | FeatserveError:
+    try:
+        return service.get_features(request.SerializeToString(), Call())
+    except FeatserveError as error:
+        return error
+
+
+def together(service: Service, *requests: pb.GetFeaturesRequest) -> list[bytes | None]:
+    return service.get_features_together([(request.SerializeToString(), Call()) for request in requests])
+
+
+def test_who_is_answered_with_others_gets_the_same_bytes(service: Service, rng: np.random.Generator) -> None:
+    """Whatever mix of requests comes at once: plain ones get the bytes that they get alone, all others are left."""
+    for _ in range(150):
+        plain = rng.random(rng.integers(1, 17)) < 0.8
+        requests = [some(rng) if each else special(rng) for each in plain]
+        for request, is_plain, answer in zip(requests, plain, together(service, *requests), strict=True):
+            assert answer == (alone(service, request) if is_plain else None)
+
+
+def test_one_service_is_read_once(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests for one service share one read of the store; each service has its own."""
+    store, reads = service.engine.store, list[int]()
+
+    def counted(keys: list[bytes], read_many: Any = store.read_many) -> Any:
+        reads.append(len(keys))
+        return read_many(keys)
+
+    monkeypatch.setattr(store, "read_many", counted)
+    together(service, wide(1), wide(2, 3), ranking(1), wide(4))
+    assert reads == [4, 2]
+
+
+def test_nobody_is_answered_where_the_read_fails(service: Service) -> None:
+    """A damaged row fails the read of all who share it; it says nothing of whose row it is, so all are asked again."""
+    with pytest.raises(CorruptRow):
+        together(service, wide(1), wide(DAMAGED[0]))
+
+
+def test_expired_and_watched_calls_are_left(service: Service) -> None:
+    """A call whose deadline has passed, and one whose stages are noted, are left to be answered alone."""
+    record = Record()
+    record.stages = Stages()
+    data = wide(1).SerializeToString()
+    answers = service.get_features_together([(data, Call((), 0)), (data, Call((), 1, record)), (data, Call((), 1))])
+    assert [answer is None for answer in answers] == [True, True, False]
+
+
+def test_calls_at_once_are_each_answered_as_if_alone(server: Server, rng: np.random.Generator) -> None:
+    """Of many reads at once on one connection each gets its own values or its own error, whatever the others ask."""
+    users = rng.integers(20_000, 20_030, 100).tolist()
+    with server.stub() as stub:
+        for user in range(20_000, 20_030):
+            stub.WriteRows(numbers([user], float(user)))
+        asked = [partial(wide, user) for user in users]
+        asked[10] = partial(wide, DAMAGED[0])
+        asked[20] = partial(wide, DAMAGED[1])
+        asked[30] = partial(pb.GetFeaturesRequest, service="nope")
+        calls = [stub.GetFeatures.future(ask(), timeout=60) for ask in asked]
+        wrong = {i: read_error(error).code for i, call in enumerate(calls) if (error := call.exception()) is not None}
+        assert wrong == {10: grpc.StatusCode.DATA_LOSS, 20: grpc.StatusCode.DATA_LOSS, 30: grpc.StatusCode.NOT_FOUND}
+        for i in set(range(100)) - set(wrong):
+            assert np.frombuffer(calls[i].result().values, "<f4")[0] == users[i]
