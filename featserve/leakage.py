@@ -22,7 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from featserve.arrow import column_from_arrow, column_to_arrow
-from featserve.definitions import FeatureService, FeatureView
+from featserve.definitions import FeatureService, FeatureView, Rolling
 from featserve.errors import CallerError, InvalidRequest, Violation, hint
 from featserve.frames import Frame
 from featserve.labels import Labels
@@ -34,7 +34,10 @@ Floats = npt.NDArray[np.float64]
 Int64s = npt.NDArray[np.int64]
 Measure = Literal["pearson", "correlation ratio", "n/a"]
 
-END_OF_TIME_US = 2**63 - 1
+END_OF_TIME_US = 2**62
+ALL_TIME = Rolling(timedelta(microseconds=2**63 - 1))
+"""A window that at the end of time holds whatever has happened in the 146,000 years before 1970 and since."""
+
 PLOTS = (".png", ".html")
 MAX_DRAWN = 60
 """The most features in a drawing; a page lists them all."""
@@ -62,8 +65,8 @@ th, td {{ padding: 0.2em 0.6em; text-align: left; }} .number {{ text-align: righ
 tr:nth-child(even) {{ background: #f4f4f4; }}
 </style></head><body><h1>{title}</h1>
 <p>Honest: what could be known at each label's own time. Event time only: rows count from their event time on, though
-they were known later. Latest value: each entity's newest row of all. The last three columns are the correlation with
-the label under each of these joins.</p>
+they were known later. Latest value: each entity's newest row of all, or aggregates of all its events. The last three
+columns are the correlation with the label under each of these joins.</p>
 {drawn}
 <table><tr>{heads}</tr>
 {lines}
@@ -78,8 +81,8 @@ class FeatureLeakage:
     ``measure``: how its correlation with the label is taken: "pearson" for numbers, bools and timestamps, from -1 to 1;
     "correlation ratio" for strings and bytes, from 0 to 1; "n/a" for vectors. ``honest``: as it could be known at each
     label's time; None where fewer than two rows have both values, or one of them is constant. ``latest_value``: with
-    each entity's newest row of all, whatever the label's time. ``event_time_only``: with ``known_at`` ignored. For
-    these two, ``..._rows`` counts the labels that have another value than the honest one.
+    each entity's newest row of all, or aggregates of all its events, whatever the label's time. ``event_time_only``:
+    with ``known_at`` ignored. For these two, ``..._rows`` counts the labels whose value is not the honest one.
     """
 
     feature: str
@@ -166,7 +169,7 @@ def leakage(
     honest = columns(0, "honest", service.views, None)
     event_time_only = columns(1, "event time only", map(_known_at_once, service.views), None)
     end_of_time = np.full(len(target), END_OF_TIME_US)
-    latest_value = columns(2, "latest value", [replace(view, ttl=None) for view in service.views], end_of_time)
+    latest_value = columns(2, "latest value", map(_timeless, service.views), end_of_time)
     features = []
     for name, f, _ in service.fields:
         measure, correlate = _measure(f.type)
@@ -180,7 +183,15 @@ def leakage(
 def _known_at_once(view: FeatureView) -> FeatureView:
     """Return the view as if each of its rows had been known from its event time on."""
     assert view.source is not None  # the honest join has read it
-    return replace(view, source=replace(view.source, known_at=None, delay=timedelta(0)))
+    source = replace(view.source, known_at=None, delay=timedelta(0))
+    if view.events is None:
+        return replace(view, source=source)
+    return replace(view, events=replace(view.events, source=source), source=source)
+
+
+def _timeless(view: FeatureView) -> FeatureView:
+    """Return the view without a ttl, and with windows of all time."""
+    return replace(view, ttl=None, aggregates=[replace(a, over=ALL_TIME) for a in view.aggregates])
 
 
 def _part(progress: Progress | None, number: int, what: str) -> Progress | None:

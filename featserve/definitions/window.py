@@ -183,6 +183,13 @@ class Aggregate:
             raise DefinitionError(f"{what}: default {self.default!r} is not a number, bool or string")
         check_texts(what, description=self.description)
 
+    def __eq__(self, other: object) -> bool:
+        # == of two expressions is an expression.
+        return isinstance(other, Aggregate) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.function, self.over))
+
     def field(self, types: Mapping[str, Type]) -> Field:
         """Return the feature as it is served, over events of the columns ``types``; raises DefinitionError."""
         what = f"feature {self.name!r}"
