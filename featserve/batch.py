@@ -116,6 +116,21 @@ class Written:
     token: str = field(default="", compare=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """What a push did: of ``events``, so many were ``counted``.
+
+    ``duplicates`` had an id that was there before. ``late`` ones lie before every window of every view. The others have
+    no key. ``token``: as in ``Written``.
+    """
+
+    events: int
+    counted: int
+    duplicates: int
+    late: int
+    token: str = field(default="", compare=False)
+
+
 def check_request_columns(
     given: Mapping[str, Column | Iterable[Any]], expected: Mapping[str, Type], rows: int
 ) -> dict[str, Column]:

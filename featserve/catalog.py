@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 from featserve.definitions import Entity, EventSource, FeatureService, FeatureView, Json, OnDemandTransform
 from featserve.errors import SchemaMismatch, invalid, unknown
 
-Found = TypeVar("Found", FeatureView, FeatureService)
+Found = TypeVar("Found", EventSource, FeatureView, FeatureService)
 
 
 class Definition(Protocol):
@@ -121,6 +121,13 @@ class Snapshot(Definitions):
         if hash_:
             raise invalid("feature view", f"{reference!r} carries a hash; only a feature service is asked for by hash")
         return _one("feature view", self.views, name, version)
+
+    def event_source(self, reference: str) -> EventSource:
+        """Return the event source that ``name`` (its highest version) or ``name@version`` means; raises UnknownName."""
+        name, version, hash_ = parse_reference("event source", reference)
+        if hash_:
+            raise invalid("event source", f"{reference!r} carries a hash; only a feature service is asked for by hash")
+        return _one("event source", self.event_sources, name, version)
 
     def service(self, reference: str) -> FeatureService:
         """Return the service that ``name`` (the promoted version), ``name@version`` or ``name#hash`` means.

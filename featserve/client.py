@@ -19,7 +19,7 @@ import grpc
 
 from featserve import errors
 from featserve._proto import serving_pb2 as pb
-from featserve.batch import Written
+from featserve.batch import Pushed, Written
 from featserve.errors import FeatserveError, InvalidRequest, invalid
 from featserve.frames import Frame, request_of, rows_of
 from featserve.matrix import FeatureMatrix
@@ -29,11 +29,13 @@ from featserve.types import Type, to_us
 from featserve.wire import (
     FULL_METHOD,
     decode_error,
+    decode_events,
     decode_matrix,
     decode_schema,
     decode_stages,
     decode_view,
     encode_column,
+    encode_push,
     encode_rows,
 )
 
@@ -51,11 +53,19 @@ RETRIES = json.dumps(
                     "backoffMultiplier": 3,
                     "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
                 },
-            }
+            },
+            {
+                "name": [
+                    {"service": "featserve.v1.FeatureServingService", "method": method}
+                    for method in ("PushEvents", "StreamEvents")
+                ]
+            },
         ]
     }
 )
-"""gRPC's own service config: every method is safe to repeat, as a row written twice is the same row.
+"""gRPC's own service config: a method is safe to repeat, as a row written twice is the same row, but for pushes.
+
+An event without an id that is pushed twice counts twice.
 
 CANCELLED, from a server, is how grpcio refuses a call that it has not begun. Four retries span three seconds, in which
 a server restarts.
@@ -105,7 +115,7 @@ class Client:
             self._unary("GetFeatures", pb.GetFeaturesRequest, pb.GetFeaturesResponse) for _ in self._channels
         ).__next__
         self._schemas: dict[str, ServiceSchema] = {}
-        self._views: dict[str, dict[str, Type]] = {}
+        self._described_as: dict[tuple[str, str], dict[str, Type]] = {}
 
     def get(
         self,
@@ -196,20 +206,75 @@ class Client:
         """
         method = self._unary("WriteRows", pb.WriteRowsRequest, pb.WriteRowsResponse)
         deadline = self._deadline(timeout)
-        columns = self._views.get(view)
-        fresh = columns is None
-        while True:
-            if columns is None:
-                columns = self._columns(view, deadline)
+        answer = self._described(
+            lambda: self._columns(view, deadline),
+            ("view", view),
+            lambda columns: self._call(
+                method, encode_rows(view, rows_of(rows, columns, event_time, known_at)), deadline
+            ),
+        )
+        return Written(answer.rows, answer.stored, answer.token)
+
+    def _described(
+        self,
+        describe: Callable[[], dict[str, Type]],
+        what: tuple[str, str],
+        send: Callable[[dict[str, Type]], Answer],
+    ) -> Answer:
+        """Return the answer to what is sent with the columns that ``what`` has, or has now, where it was refused."""
+        columns = self._described_as.get(what)
+        if columns is not None:
             try:
-                message = encode_rows(view, rows_of(rows, columns, event_time, known_at))
-                answer = self._call(method, message, deadline)
+                return send(columns)
             except InvalidRequest:
-                if fresh or self._columns(view, deadline) == columns:
+                if describe() == columns:
                     raise
-                columns, fresh = self._views[view], True  # the name now means another version
-            else:
-                return Written(answer.rows, answer.stored, answer.token)
+        return send(describe())  # the name may now mean another version
+
+    def push(
+        self,
+        source: str,
+        events: Frame,
+        *,
+        event_time: Any,
+        known_at: Any | None = None,
+        timeout: float | None = None,
+    ) -> Pushed:
+        """Count events in the windows of every view over their source, all or none.
+
+        ``source``: ``name`` or ``name@version``. ``events``: its fields as a mapping of lists or arrays, or a frame.
+        ``event_time``, ``known_at``: as in ``write``. Events of a source with an event id may be pushed again, each
+        counts once; without, a push whose answer was lost may have been counted.
+        """
+        method = self._unary("PushEvents", pb.PushEventsRequest, pb.PushEventsResponse)
+        deadline = self._deadline(timeout)
+        answer = self._described(
+            lambda: self._fields(source, deadline),
+            ("events", source),
+            lambda columns: self._call(
+                method, encode_push(source, rows_of(events, columns, event_time, known_at)), deadline
+            ),
+        )
+        return Pushed(answer.events, answer.counted, answer.duplicates, answer.late, answer.token)
+
+    def push_stream(
+        self,
+        source: str,
+        batches: Iterable[Frame],
+        *,
+        event_time: Any,
+        known_at: Any | None = None,
+        timeout: float | None = None,
+    ) -> Pushed:
+        """Push many batches on one stream, each of them all or none, in order; see ``push`` and ``write_stream``."""
+        columns = self._fields(source, self._deadline(timeout))
+        messages = (encode_push(source, rows_of(events, columns, event_time, known_at)) for events in batches)
+        return self.push_messages(messages, timeout)
+
+    def push_messages(self, messages: Iterable[pb.PushEventsRequest], timeout: float | None = None) -> Pushed:
+        """Push batches that are already encoded (``wire.encode_push``) on one stream; see ``write_messages``."""
+        answer = self._streamed("StreamEvents", pb.StreamEventsRequest, pb.StreamEventsResponse, messages, timeout)
+        return Pushed(answer.events, answer.counted, answer.duplicates, answer.late, answer.token)
 
     def write_stream(
         self,
@@ -234,23 +299,32 @@ class Client:
 
         What their iterator raises ends the stream and is raised here; the messages before it stay written.
         """
-        method = self._next_channel().stream_unary(
-            f"{FULL_METHOD}StreamRows", pb.StreamRowsRequest.SerializeToString, pb.StreamRowsResponse.FromString
-        )
+        answer = self._streamed("StreamRows", pb.StreamRowsRequest, pb.StreamRowsResponse, messages, timeout)
+        return Written(answer.rows, answer.stored, answer.token)
+
+    def _streamed(self, name: str, request: Any, answer: Any, messages: Iterable[object], timeout: float | None) -> Any:
+        method = self._next_channel().stream_unary(FULL_METHOD + name, request.SerializeToString, answer.FromString)
         failed: list[Exception] = []
         try:
-            answer = method(_watched(messages, failed), timeout=timeout, metadata=_trace_context())
+            found = method(_watched(request, messages, failed), timeout=timeout, metadata=_trace_context())
         except grpc.RpcError as error:
             raise translated(error, self._target) from None
         if failed:
             raise failed[0]
-        return Written(answer.rows, answer.stored, answer.token)
+        return found
 
     def _columns(self, view: str, deadline: float) -> dict[str, Type]:
         """Return the columns that a row of a view has, as the server has them now."""
         method = self._unary("DescribeView", pb.DescribeViewRequest, pb.DescribeViewResponse)
         columns = decode_view(self._call(method, pb.DescribeViewRequest(view=view), deadline))
-        self._views[view] = columns
+        self._described_as["view", view] = columns
+        return columns
+
+    def _fields(self, source: str, deadline: float) -> dict[str, Type]:
+        """Return the columns that an event of a source has, as the server has them now."""
+        method = self._unary("DescribeEvents", pb.DescribeEventsRequest, pb.DescribeEventsResponse)
+        columns = decode_events(self._call(method, pb.DescribeEventsRequest(source=source), deadline))
+        self._described_as["events", source] = columns
         return columns
 
     def _deadline(self, timeout: float | None) -> float:
@@ -285,11 +359,11 @@ class Client:
         self.close()
 
 
-def _watched(messages: Iterable[pb.WriteRowsRequest], failed: list[Exception]) -> Iterator[pb.StreamRowsRequest]:
+def _watched(kind: Any, messages: Iterable[object], failed: list[Exception]) -> Iterator[Any]:
     """Yield the messages as the stream carries them; keep what their iterator raises: gRPC would only log it."""
     try:
         for message in messages:
-            yield pb.StreamRowsRequest(request=message)
+            yield kind(request=message)
     except Exception as error:  # noqa: BLE001 - the top of a background loop
         failed.append(error)
 

@@ -55,9 +55,12 @@ _RAW = {width: np.dtype(f"V{width}") for width in (1, 4, 8)}
 _RUNS = ("<f8", "<i8", "<f4", "<i4", "|b1")
 
 
-def key_prefix(view: FeatureView) -> bytes:
-    """Return the 8 bytes that start every key of a view version: a hash of its name, version and content hash."""
-    return hashlib.sha256(f"{view.id}:{view.hash}".encode()).digest()[:PREFIX_BYTES]
+def key_prefix(view: FeatureView, kind: str = "") -> bytes:
+    """Return the 8 bytes that start every key of a view version: a hash of its name, version and content hash.
+
+    ``kind``: what is kept of it beside its rows.
+    """
+    return hashlib.sha256(f"{view.id}:{view.hash}{kind}".encode()).digest()[:PREFIX_BYTES]
 
 
 def encode_keys(columns: Sequence[Column]) -> list[bytes]:

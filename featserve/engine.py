@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from featserve.batch import Arrival, EntityKeys, EventBatch, Written
+from featserve.batch import Arrival, EntityKeys, EventBatch, Pushed, Written
 from featserve.checks import check_rows
 from featserve.codec import Rows, check_key_sizes, encode_keys
 from featserve.errors import invalid
 from featserve.matrix import FeatureMatrix, Status
-from featserve.plan import Plans, ReadPlan, ViewRead, WritePlan
+from featserve.plan import Plans, PushPlan, ReadPlan, ViewRead, WritePlan
+from featserve.push import push
 from featserve.schema import ServiceSchema
 from featserve.stages import Stages
 from featserve.store import OnlineStore
@@ -36,13 +37,15 @@ def read(
     now_us: int,
     *,
     request_columns: Mapping[str, Column] = NOTHING,
+    as_of: bool = False,
     event_times: bool = False,
     stages: Stages | None = None,
 ) -> FeatureMatrix:
     """Return the features of ``plan`` for ``keys`` at the instant ``now_us``, with one read of the store.
 
-    ``request_columns``: checked, as the plan's schema says. ``event_times``: also return them. ``stages``: note in them
-    what the time is spent on. Raises CorruptRow, StoreError or TransformError.
+    ``request_columns``: checked, as the plan's schema says. ``as_of``: the caller asked for that very instant.
+    ``event_times``: also return them. ``stages``: note in them what the time is spent on. Raises CorruptRow, StoreError,
+    TransformError, or InvalidRequest where a view over events no longer knows the instant.
     """
     check_key_sizes(keys.columns)
     wanted = _encode(plan, keys)
@@ -67,7 +70,7 @@ def read(
             stop = start + rows
             if stages is not None:
                 stages.begin(f"codec {view.codec.view}")
-            _fill(answer, i, view, found[start:stop], now_us, schema)
+            _fill(answer, i, view, found[start:stop], now_us, schema, as_of)
             start = stop
     if plan.steps:
         answer.slots.update((request_slot(name), col) for name, col in request_columns.items())
@@ -118,25 +121,29 @@ class _Answer:
 
 
 def _fill(
-    answer: _Answer, i: int, view: ViewRead, found: list[bytes | None], now_us: int, schema: ServiceSchema
+    answer: _Answer,
+    i: int,
+    view: ViewRead,
+    found: list[bytes | None],
+    now_us: int,
+    schema: ServiceSchema,
+    as_of: bool,
 ) -> None:
     """Put the rows of view ``i`` in their places."""
     codec = view.codec
-    missing = None in found
-    rows: Any = [codec.absent if row is None else row for row in found] if missing else found
-    decoded = codec.decode(rows)
+    if view.records is None:
+        decoded, whole = _stored(answer, i, view, found, now_us)
+    else:
+        decoded = view.records.read(found, now_us, as_of=as_of)
+        whole = not np.count_nonzero(decoded.fixed["words"][:, 4:] != codec.lowest[4:])
+        if answer.times is not None:
+            answer.times[:, i] = decoded.times()[0]
     valid = None
-    if missing or not _ordinary(decoded, view, now_us):
-        codec.check_heads(decoded, rows)
-        hidden = _hide(answer, i, view, found, decoded, now_us)
-        if hidden.any():
-            decoded = codec.decode([codec.absent if h else r for r, h in zip(rows, hidden.tolist(), strict=True)])
+    if not whole:
         if answer.valid is None:
             answer.valid = np.ones((len(found), len(schema.features)), np.bool_)
         valid = answer.valid
         valid[:, view.targets] = decoded.validity(len(codec.features))[:, view.sources]
-    elif answer.times is not None:
-        answer.times[:, i] = decoded.times()[0]
     for dtype, source, target in view.tensor:
         answer.values[:, target] = decoded.fixed[dtype][:, source]
     if valid is not None:
@@ -149,6 +156,23 @@ def _fill(
         for slot, type_, place, number in view.inputs:
             mask = None if stored is None else stored[:, number]
             answer.slots[slot] = decoded.column(type_, place, mask)
+
+
+def _stored(answer: _Answer, i: int, view: ViewRead, found: list[bytes | None], now_us: int) -> tuple[Rows, bool]:
+    """Return the rows of view ``i`` as they are to be served, and whether all are visible and hold no null."""
+    codec = view.codec
+    missing = None in found
+    rows: Any = [codec.absent if row is None else row for row in found] if missing else found
+    decoded = codec.decode(rows)
+    if not missing and _ordinary(decoded, view, now_us):
+        if answer.times is not None:
+            answer.times[:, i] = decoded.times()[0]
+        return decoded, True
+    codec.check_heads(decoded, rows)
+    hidden = _hide(answer, i, view, found, decoded, now_us)
+    if hidden.any():
+        decoded = codec.decode([codec.absent if h else r for r, h in zip(rows, hidden.tolist(), strict=True)])
+    return decoded, False
 
 
 def _place(answer: _Answer, plan: ReadPlan, rows: int) -> None:
@@ -234,25 +258,44 @@ class Engine:
         now_us: int,
         *,
         request_columns: Mapping[str, Column] = NOTHING,
+        as_of: bool = False,
         event_times: bool = False,
         stages: Stages | None = None,
     ) -> FeatureMatrix:
         """Return the features of ``plan`` for ``keys`` at ``now_us``; see ``read``."""
         return read(
-            self.store, plan, keys, now_us, request_columns=request_columns, event_times=event_times, stages=stages
+            self.store,
+            plan,
+            keys,
+            now_us,
+            request_columns=request_columns,
+            as_of=as_of,
+            event_times=event_times,
+            stages=stages,
         )
 
     def write(self, plan: WritePlan, arrival: Arrival, *, now_us: int, max_future_skew_us: int) -> Written:
         """Write rows that arrive now; see ``write``. Rows of no source come after all that have a source position."""
+        if plan.view.events is not None:
+            raise invalid("view", f"{plan.view.id} aggregates events; push them to {plan.view.events.id}")
+        written = write(self.store, plan, self._dated(arrival, now_us), now_us + max_future_skew_us)
+        return replace(written, token=token_of(self.store))
+
+    def push(self, plan: PushPlan, arrival: Arrival, *, now_us: int, max_future_skew_us: int) -> Pushed:
+        """Count events that arrive now in every view over their source; see ``push.push``."""
+        batch = self._dated(arrival, now_us)
+        pushed = push(self.store, plan, batch, now_us=now_us, latest_us=now_us + max_future_skew_us)
+        return replace(pushed, token=token_of(self.store))
+
+    def _dated(self, arrival: Arrival, now_us: int) -> EventBatch:
+        """Return rows with all their times, as they arrive now."""
         event_time_us, known_at_us, sequence = arrival.event_time_us, arrival.known_at_us, arrival.source_positions
         if known_at_us is None:
             known_at_us = np.maximum(event_time_us, now_us)
         if sequence is None:
             first = self._arrive(len(event_time_us), now_us)
             sequence = np.arange(first, first + len(event_time_us), dtype=np.int64)
-        batch = EventBatch(arrival.columns, event_time_us, known_at_us, sequence)
-        written = write(self.store, plan, batch, now_us + max_future_skew_us)
-        return replace(written, token=token_of(self.store))
+        return EventBatch(arrival.columns, event_time_us, known_at_us, sequence)
 
     def require(self, token: str, seconds: float) -> None:
         """Return where the store holds the write that ``token`` names, else raise Behind, which waits for it.

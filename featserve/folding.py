@@ -7,7 +7,6 @@ Reads no clock: ``now_us`` says which events are visible.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -29,10 +28,10 @@ def fold(layout: Layout, state: State, events: Events, now_us: int) -> State:
     waiting = Events.none(layout) if visible.all() else events.take(~visible)
     if len(waiting):
         events = events.take(visible)
-    newest, exact = np.full(len(state), NEVER_US), np.full(len(state), NEVER_US)
+    newest, exact = state.newest_us.copy(), state.exact_us.copy()
     np.maximum.at(newest, events.owner, events.event_time_us)
+    events = events.take(reached(layout, newest, events.owner, events.event_time_us))
     np.maximum.at(exact, events.owner, np.maximum(events.event_time_us, events.known_at_us))
-    newest = np.maximum(newest, state.newest_us)
     firsts = _firsts(layout, newest)
     runs = []
     for series, first, run in zip(layout.series, firsts, state.runs, strict=True):
@@ -40,8 +39,8 @@ def fold(layout: Layout, state: State, events: Events, now_us: int) -> State:
         kept = numbers >= first[events.owner]
         come = _run_of(series, events.take(kept), numbers[kept])
         runs.append(_trimmed(_united(series, run, come), first))
-    state = State(np.maximum(exact, state.exact_us), newest, tuple(runs), waiting)
-    return replace(state, waiting=_in_order(waiting.take(reached(layout, state, waiting))))
+    waiting = waiting.take(reached(layout, newest, waiting.owner, waiting.event_time_us))
+    return State(exact, newest, tuple(runs), _in_order(waiting))
 
 
 @np.errstate(all="ignore")
@@ -56,11 +55,11 @@ def unite(layout: Layout, one: State, other: State) -> State:
     return State(np.maximum(one.exact_us, other.exact_us), newest, tuple(runs), waiting)
 
 
-def reached(layout: Layout, state: State, events: Events) -> Mask:
-    """Return which events a window still holds, or may hold, at or after the newest event of their entity."""
-    held = np.zeros(len(events), np.bool_)
-    for series, first in zip(layout.series, _firsts(layout, state.newest_us), strict=True):
-        held |= periods(series.windows[0], events.event_time_us) >= first[events.owner]
+def reached(layout: Layout, newest_us: Int64s, owner: Int64s, event_time_us: Int64s) -> Mask:
+    """Return which events a window holds, or may hold, at or after the newest event of their entity."""
+    held = np.zeros(len(owner), np.bool_)
+    for series, first in zip(layout.series, _firsts(layout, newest_us), strict=True):
+        held |= periods(series.windows[0], event_time_us) >= first[owner]
     return held
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Self
 
 from featserve.catalog import Snapshot
 from featserve.codec import RowCodec, key_prefix
-from featserve.definitions import FeatureService, FeatureView, Selection
+from featserve.definitions import EventSource, FeatureService, FeatureView, Selection
+from featserve.records import RecordCodec
 from featserve.schema import FeatureSchema, ServiceSchema, ViewSchema
 from featserve.transform import REQUEST_TIME, Step, compile_steps, slot_of
 from featserve.types import Float64, Int32, Type
@@ -27,7 +29,8 @@ class ViewRead:
     column its index, type, place in the row and position among the answer's features. ``sources`` and ``targets``: the
     view's features that are served, by their number in the view and in the answer. ``unmarked``:
     the features whose stored null is no NaN in the tensor, by their number in the answer and their tensor column.
-    ``inputs``: what transforms take: the slot, type and place of a feature, and its number in the view.
+    ``inputs``: what transforms take: the slot, type and place of a feature, and its number in the view. ``records``:
+    reads what the store holds of a view over events; None for one whose rows are stored as they are.
     """
 
     keys: tuple[str, ...]
@@ -40,6 +43,7 @@ class ViewRead:
     targets: Place
     unmarked: tuple[tuple[int, int], ...]
     inputs: tuple[tuple[str, Type, tuple[str, int], int], ...]
+    records: RecordCodec | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,38 @@ class WritePlan:
     columns: dict[str, Type]
 
 
+@dataclass(frozen=True, slots=True)
+class WindowPlan:
+    """Everything that a push of events, or a load of them, needs for one view version over them.
+
+    Prefixes of keys: ``records``, of what is served; ``pushed``, of pushes alone, for a view that is also loaded;
+    ``ids``, of the events that count; ``expiry``, the ids by entity and time. ``load``: the key of the number of loads.
+    """
+
+    view: FeatureView
+    codec: RecordCodec
+    records: bytes
+    pushed: bytes | None
+    ids: bytes
+    expiry: bytes
+    load: bytes
+
+    @classmethod
+    def of(cls, view: FeatureView) -> Self:
+        """Return the plan of a view over events."""
+        pushed = None if view.source is None else key_prefix(view, ":pushed")
+        others = (key_prefix(view, f":{kind}") for kind in ("ids", "expiry", "load"))
+        return cls(view, RecordCodec(view), key_prefix(view), pushed, *others)
+
+
+@dataclass(frozen=True, slots=True)
+class PushPlan:
+    """Everything that a push of events needs: their source, and each view over it."""
+
+    source: EventSource
+    views: tuple[WindowPlan, ...]
+
+
 class Plans:
     """The compiled plans of one snapshot, by every name that a request may use.
 
@@ -85,6 +121,11 @@ class Plans:
         self.snapshot = snapshot
         self._services = {id_: compile_service(service) for id_, service in snapshot.services.items()}
         self._views = {id_: compile_view(view) for id_, view in snapshot.views.items()}
+        self._windows = {id_: WindowPlan.of(view) for id_, view in snapshot.views.items() if view.events is not None}
+        self._pushes = {
+            id_: PushPlan(source, tuple(w for w in self._windows.values() if w.view.events == source))
+            for id_, source in snapshot.event_sources.items()
+        }
         self._by_reference: dict[str, ReadPlan] = {}
         for service in snapshot.services.values():
             promoted = snapshot.service(service.name)
@@ -101,6 +142,15 @@ class Plans:
         """Return the write plan that ``name`` (the highest version) or ``name@version`` means; raises UnknownName."""
         plan = self._views.get(reference)
         return plan if plan is not None else self._views[self.snapshot.view(reference).id]
+
+    def windows(self, view: FeatureView) -> WindowPlan:
+        """Return the plan of a view over events."""
+        return self._windows[view.id]
+
+    def events(self, reference: str) -> PushPlan:
+        """Return the plan of pushes to ``name`` (the highest version) or ``name@version``; raises UnknownName."""
+        plan = self._pushes.get(reference)
+        return plan if plan is not None else self._pushes[self.snapshot.event_source(reference).id]
 
 
 def in_tensor(type: Type, dtype: Type) -> bool:
@@ -207,6 +257,7 @@ def _compile_read(view: FeatureView, index: int, schema: ServiceSchema, inputs: 
         _compact(targets),
         tuple(unmarked),
         tuple((slot, *how) for slot, how in taken_by_steps.items()),
+        None if view.events is None else RecordCodec(view),
     )
 
 

@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 from featserve._proto import errors_pb2
 from featserve._proto import serving_pb2 as pb
 from featserve.batch import Arrival, EntityKeys, check_request_columns, column_names, ragged
-from featserve.definitions import FeatureView
+from featserve.definitions import EventSource, FeatureView
 from featserve.errors import FeatserveError, TooLarge, Violation, by_reason, invalid
 from featserve.matrix import FeatureMatrix
 from featserve.schema import FeatureSchema, ServiceSchema, ViewSchema
@@ -277,6 +277,24 @@ def decode_view(message: pb.DescribeViewResponse) -> dict[str, Type]:
     }
 
 
+def encode_events(source: EventSource) -> pb.DescribeEventsResponse:
+    """Return the message that describes an event source to those who push its events."""
+    message = pb.DescribeEventsResponse(
+        name=source.name, version=source.version, hash=source.hash, event_id=source.event_id or "",
+        owner=source.owner, description=source.description,
+    )  # fmt: skip
+    for f in source.fields:
+        message.fields.add(
+            name=f.name, type=f.type.code, length=f.type.length if f.type.vector else 0, description=f.description
+        )
+    return message
+
+
+def decode_events(message: pb.DescribeEventsResponse) -> dict[str, Type]:
+    """Return the type of each column that an event has."""
+    return {f.name: _type(f.type, f.length) for f in message.fields}
+
+
 def decode_error(data: bytes, message: str, otherwise: type[FeatserveError]) -> FeatserveError:
     """Return the error of the tree that a google.rpc.Status stands for; ``otherwise``: where it names none."""
     info, bad = errors_pb2.ErrorInfo(), errors_pb2.BadRequest()
@@ -304,8 +322,10 @@ def decode_times(data: bytes, where: str) -> Array:
     return np.frombuffer(data, Int64.dtype)
 
 
-def decode_rows(request: pb.WriteRowsRequest, expected: Mapping[str, Type], max_rows: int) -> Arrival:
-    """Return the rows of a write, their columns all of one length."""
+def decode_rows(
+    request: pb.WriteRowsRequest | pb.PushEventsRequest, expected: Mapping[str, Type], max_rows: int
+) -> Arrival:
+    """Return the rows of a write, or the events of a push, their columns all of one length."""
     names = [message.name for message in request.columns]
     if len(names) != len(expected) or set(names) != expected.keys():
         raise column_names("columns", names, expected)
@@ -324,13 +344,21 @@ def decode_rows(request: pb.WriteRowsRequest, expected: Mapping[str, Type], max_
 
 def encode_rows(view: str, rows: Arrival) -> pb.WriteRowsRequest:
     """Return the message that writes rows of a view."""
-    return pb.WriteRowsRequest(
-        view=view,
-        columns=[encode_column(name, column) for name, column in rows.columns.items()],
-        event_times=_encode_times(rows.event_time_us),
-        known_at=_encode_times(rows.known_at_us),
-        source_positions=_encode_times(rows.source_positions),
-    )
+    return pb.WriteRowsRequest(view=view, **_parts(rows))
+
+
+def encode_push(source: str, events: Arrival) -> pb.PushEventsRequest:
+    """Return the message that pushes events of a source."""
+    return pb.PushEventsRequest(source=source, **_parts(events))
+
+
+def _parts(rows: Arrival) -> dict[str, Any]:
+    return {
+        "columns": [encode_column(name, column) for name, column in rows.columns.items()],
+        "event_times": _encode_times(rows.event_time_us),
+        "known_at": _encode_times(rows.known_at_us),
+        "source_positions": _encode_times(rows.source_positions),
+    }
 
 
 def _encode_times(times: Array | None) -> bytes:

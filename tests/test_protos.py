@@ -17,7 +17,7 @@ BREAKING = {
     "a field that is taken away": ("  uint32 stored = 2;\n", ""),
     "a field that gets another number": ("  uint32 stored = 2;", "  uint32 stored = 3;"),
     "a field that gets another type": ("  fixed64 schema_id = 1;", "  uint64 schema_id = 1;"),
-    "a field that gets another name": ("  bytes known_at = 4;", "  bytes known_ats = 4;"),
+    "a field that gets another name": ("  bytes event_times = 7;", "  bytes event_time = 7;"),
     "an enum value that gets another number": ("  STATUS_EXPIRED = 4;", "  STATUS_EXPIRED = 5;"),
     "a call that is taken away": ("  rpc ListServices(ListServicesRequest) returns (ListServicesResponse);\n", ""),
     "a call that becomes a stream": ("returns (GetFeaturesResponse);", "returns (stream GetFeaturesResponse);"),

@@ -872,3 +872,188 @@ class StreamRowsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StreamRowsResponse: _TypeAlias = StreamRowsResponse  # noqa: Y015
+
+@_typing.final
+class DescribeEventsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    source: _builtins.str
+    """"clicks" (its highest version) or "clicks@2"."""
+    def __init__(
+        self,
+        *,
+        source: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DescribeEventsRequest: _TypeAlias = DescribeEventsRequest  # noqa: Y015
+
+@_typing.final
+class DescribeEventsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    HASH_FIELD_NUMBER: _builtins.int
+    FIELDS_FIELD_NUMBER: _builtins.int
+    EVENT_ID_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    version: _builtins.int
+    hash: _builtins.str
+    event_id: _builtins.str
+    """The field that names each event; empty where none does."""
+    owner: _builtins.str
+    description: _builtins.str
+    @_builtins.property
+    def fields(self) -> _containers.RepeatedCompositeFieldContainer[Global___FieldSchema]: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        version: _builtins.int = ...,
+        hash: _builtins.str = ...,
+        fields: _abc.Iterable[Global___FieldSchema] | None = ...,
+        event_id: _builtins.str = ...,
+        owner: _builtins.str = ...,
+        description: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "event_id", b"event_id", "fields", b"fields", "hash", b"hash", "name", b"name", "owner", b"owner", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DescribeEventsResponse: _TypeAlias = DescribeEventsResponse  # noqa: Y015
+
+@_typing.final
+class PushEventsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    COLUMNS_FIELD_NUMBER: _builtins.int
+    EVENT_TIMES_FIELD_NUMBER: _builtins.int
+    KNOWN_AT_FIELD_NUMBER: _builtins.int
+    SOURCE_POSITIONS_FIELD_NUMBER: _builtins.int
+    source: _builtins.str
+    """As in DescribeEventsRequest."""
+    event_times: _builtins.bytes
+    """As in WriteRowsRequest."""
+    known_at: _builtins.bytes
+    source_positions: _builtins.bytes
+    @_builtins.property
+    def columns(self) -> _containers.RepeatedCompositeFieldContainer[Global___Column]:
+        """The source's fields, in any order, all of the same length."""
+
+    def __init__(
+        self,
+        *,
+        source: _builtins.str = ...,
+        columns: _abc.Iterable[Global___Column] | None = ...,
+        event_times: _builtins.bytes = ...,
+        known_at: _builtins.bytes = ...,
+        source_positions: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns", "event_times", b"event_times", "known_at", b"known_at", "source", b"source", "source_positions", b"source_positions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PushEventsRequest: _TypeAlias = PushEventsRequest  # noqa: Y015
+
+@_typing.final
+class PushEventsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENTS_FIELD_NUMBER: _builtins.int
+    COUNTED_FIELD_NUMBER: _builtins.int
+    DUPLICATES_FIELD_NUMBER: _builtins.int
+    LATE_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    events: _builtins.int
+    counted: _builtins.int
+    """Events that count in at least one view. The others are repeated, late, or have a null for a key of every view."""
+    duplicates: _builtins.int
+    """Events whose id was there before."""
+    late: _builtins.int
+    """Events that lie before every window that ends at the newest event of their entity."""
+    token: _builtins.str
+    """As in WriteRowsResponse."""
+    def __init__(
+        self,
+        *,
+        events: _builtins.int = ...,
+        counted: _builtins.int = ...,
+        duplicates: _builtins.int = ...,
+        late: _builtins.int = ...,
+        token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counted", b"counted", "duplicates", b"duplicates", "events", b"events", "late", b"late", "token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PushEventsResponse: _TypeAlias = PushEventsResponse  # noqa: Y015
+
+@_typing.final
+class StreamEventsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def request(self) -> Global___PushEventsRequest: ...
+    def __init__(
+        self,
+        *,
+        request: Global___PushEventsRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamEventsRequest: _TypeAlias = StreamEventsRequest  # noqa: Y015
+
+@_typing.final
+class StreamEventsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
+    COUNTED_FIELD_NUMBER: _builtins.int
+    DUPLICATES_FIELD_NUMBER: _builtins.int
+    LATE_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    messages: _builtins.int
+    events: _builtins.int
+    counted: _builtins.int
+    duplicates: _builtins.int
+    late: _builtins.int
+    token: _builtins.str
+    """As in WriteRowsResponse, of the last message."""
+    def __init__(
+        self,
+        *,
+        messages: _builtins.int = ...,
+        events: _builtins.int = ...,
+        counted: _builtins.int = ...,
+        duplicates: _builtins.int = ...,
+        late: _builtins.int = ...,
+        token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counted", b"counted", "duplicates", b"duplicates", "events", b"events", "late", b"late", "messages", b"messages", "token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamEventsResponse: _TypeAlias = StreamEventsResponse  # noqa: Y015

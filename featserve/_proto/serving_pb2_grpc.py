@@ -70,6 +70,21 @@ class FeatureServingServiceStub:
                 request_serializer=featserve_dot_v1_dot_serving__pb2.StreamRowsRequest.SerializeToString,
                 response_deserializer=featserve_dot_v1_dot_serving__pb2.StreamRowsResponse.FromString,
                 _registered_method=True)
+        self.DescribeEvents = channel.unary_unary(
+                '/featserve.v1.FeatureServingService/DescribeEvents',
+                request_serializer=featserve_dot_v1_dot_serving__pb2.DescribeEventsRequest.SerializeToString,
+                response_deserializer=featserve_dot_v1_dot_serving__pb2.DescribeEventsResponse.FromString,
+                _registered_method=True)
+        self.PushEvents = channel.unary_unary(
+                '/featserve.v1.FeatureServingService/PushEvents',
+                request_serializer=featserve_dot_v1_dot_serving__pb2.PushEventsRequest.SerializeToString,
+                response_deserializer=featserve_dot_v1_dot_serving__pb2.PushEventsResponse.FromString,
+                _registered_method=True)
+        self.StreamEvents = channel.stream_unary(
+                '/featserve.v1.FeatureServingService/StreamEvents',
+                request_serializer=featserve_dot_v1_dot_serving__pb2.StreamEventsRequest.SerializeToString,
+                response_deserializer=featserve_dot_v1_dot_serving__pb2.StreamEventsResponse.FromString,
+                _registered_method=True)
 
 
 class FeatureServingServiceServicer:
@@ -127,6 +142,27 @@ class FeatureServingServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DescribeEvents(self, request, context):
+        """Returns what an event source is pushed with.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PushEvents(self, request, context):
+        """Counts events of one source in the windows of every view over it: all of them or none, each event id once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StreamEvents(self, request_iterator, context):
+        """The same for volume, as StreamRows is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FeatureServingServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -164,6 +200,21 @@ def add_FeatureServingServiceServicer_to_server(servicer, server):
                     servicer.StreamRows,
                     request_deserializer=featserve_dot_v1_dot_serving__pb2.StreamRowsRequest.FromString,
                     response_serializer=featserve_dot_v1_dot_serving__pb2.StreamRowsResponse.SerializeToString,
+            ),
+            'DescribeEvents': grpc.unary_unary_rpc_method_handler(
+                    servicer.DescribeEvents,
+                    request_deserializer=featserve_dot_v1_dot_serving__pb2.DescribeEventsRequest.FromString,
+                    response_serializer=featserve_dot_v1_dot_serving__pb2.DescribeEventsResponse.SerializeToString,
+            ),
+            'PushEvents': grpc.unary_unary_rpc_method_handler(
+                    servicer.PushEvents,
+                    request_deserializer=featserve_dot_v1_dot_serving__pb2.PushEventsRequest.FromString,
+                    response_serializer=featserve_dot_v1_dot_serving__pb2.PushEventsResponse.SerializeToString,
+            ),
+            'StreamEvents': grpc.stream_unary_rpc_method_handler(
+                    servicer.StreamEvents,
+                    request_deserializer=featserve_dot_v1_dot_serving__pb2.StreamEventsRequest.FromString,
+                    response_serializer=featserve_dot_v1_dot_serving__pb2.StreamEventsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -356,6 +407,87 @@ class FeatureServingService:
             '/featserve.v1.FeatureServingService/StreamRows',
             featserve_dot_v1_dot_serving__pb2.StreamRowsRequest.SerializeToString,
             featserve_dot_v1_dot_serving__pb2.StreamRowsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DescribeEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/featserve.v1.FeatureServingService/DescribeEvents',
+            featserve_dot_v1_dot_serving__pb2.DescribeEventsRequest.SerializeToString,
+            featserve_dot_v1_dot_serving__pb2.DescribeEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PushEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/featserve.v1.FeatureServingService/PushEvents',
+            featserve_dot_v1_dot_serving__pb2.PushEventsRequest.SerializeToString,
+            featserve_dot_v1_dot_serving__pb2.PushEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamEvents(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/featserve.v1.FeatureServingService/StreamEvents',
+            featserve_dot_v1_dot_serving__pb2.StreamEventsRequest.SerializeToString,
+            featserve_dot_v1_dot_serving__pb2.StreamEventsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -56,6 +56,12 @@ class FeatureServingServiceStub:
     """The same for volume: each message is written atomically, in order. The first one that is refused ends the stream
     with an error whose metadata says how many messages were written ("messages_written").
     """
+    DescribeEvents: _grpc.UnaryUnaryMultiCallable[_serving_pb2.DescribeEventsRequest, _serving_pb2.DescribeEventsResponse]
+    """Returns what an event source is pushed with."""
+    PushEvents: _grpc.UnaryUnaryMultiCallable[_serving_pb2.PushEventsRequest, _serving_pb2.PushEventsResponse]
+    """Counts events of one source in the windows of every view over it: all of them or none, each event id once."""
+    StreamEvents: _grpc.StreamUnaryMultiCallable[_serving_pb2.StreamEventsRequest, _serving_pb2.StreamEventsResponse]
+    """The same for volume, as StreamRows is."""
 
 @_typing.type_check_only
 class FeatureServingServiceAsyncStub(FeatureServingServiceStub):
@@ -80,6 +86,12 @@ class FeatureServingServiceAsyncStub(FeatureServingServiceStub):
     """The same for volume: each message is written atomically, in order. The first one that is refused ends the stream
     with an error whose metadata says how many messages were written ("messages_written").
     """
+    DescribeEvents: _aio.UnaryUnaryMultiCallable[_serving_pb2.DescribeEventsRequest, _serving_pb2.DescribeEventsResponse]  # type: ignore[assignment]
+    """Returns what an event source is pushed with."""
+    PushEvents: _aio.UnaryUnaryMultiCallable[_serving_pb2.PushEventsRequest, _serving_pb2.PushEventsResponse]  # type: ignore[assignment]
+    """Counts events of one source in the windows of every view over it: all of them or none, each event id once."""
+    StreamEvents: _aio.StreamUnaryMultiCallable[_serving_pb2.StreamEventsRequest, _serving_pb2.StreamEventsResponse]  # type: ignore[assignment]
+    """The same for volume, as StreamRows is."""
 
 class FeatureServingServiceServicer(metaclass=_abc_1.ABCMeta):
     """Reads features and writes rows."""
@@ -143,5 +155,29 @@ class FeatureServingServiceServicer(metaclass=_abc_1.ABCMeta):
         """The same for volume: each message is written atomically, in order. The first one that is refused ends the stream
         with an error whose metadata says how many messages were written ("messages_written").
         """
+
+    @_abc_1.abstractmethod
+    def DescribeEvents(
+        self,
+        request: _serving_pb2.DescribeEventsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_serving_pb2.DescribeEventsResponse, _abc.Awaitable[_serving_pb2.DescribeEventsResponse]]:
+        """Returns what an event source is pushed with."""
+
+    @_abc_1.abstractmethod
+    def PushEvents(
+        self,
+        request: _serving_pb2.PushEventsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_serving_pb2.PushEventsResponse, _abc.Awaitable[_serving_pb2.PushEventsResponse]]:
+        """Counts events of one source in the windows of every view over it: all of them or none, each event id once."""
+
+    @_abc_1.abstractmethod
+    def StreamEvents(
+        self,
+        request_iterator: _MaybeAsyncIterator[_serving_pb2.StreamEventsRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_serving_pb2.StreamEventsResponse, _abc.Awaitable[_serving_pb2.StreamEventsResponse]]:
+        """The same for volume, as StreamRows is."""
 
 def add_FeatureServingServiceServicer_to_server(servicer: FeatureServingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -18,7 +18,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from featserve._proto import serving_pb2 as pb
 from featserve.errors import DeadlineExceeded, FeatserveError, ServingError, Unavailable
-from featserve.server.service import SERVICE_NAME, WRITES
+from featserve.server.service import SERVICE_NAME, WRITE_STREAMS, WRITES
 from featserve.server.status import DETAILS_KEY
 from featserve.store import OnlineStore
 from featserve.store.follow import Follower, sequence_of
@@ -33,7 +33,7 @@ OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 200),
 )
 METHODS = pb.DESCRIPTOR.services_by_name["FeatureServingService"].methods_by_name
-FORWARDED = (*WRITES, "StreamRows")
+FORWARDED = (*WRITES, *WRITE_STREAMS)
 """The methods that write. To the wire a request is a stream of one, so all are passed on in the same way."""
 GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 """What gRPC says of a server that is not there, or was just about to go."""

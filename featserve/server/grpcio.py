@@ -23,7 +23,7 @@ from featserve.config import ServerConfig
 from featserve.errors import DeadlineExceeded, Overloaded, ServingError, invalid
 from featserve.server.forward import FORWARDED, Forward
 from featserve.server.meter import Load
-from featserve.server.service import READS, SERVICE_NAME, WRITES, Call, Service
+from featserve.server.service import READS, SERVICE_NAME, WRITE_STREAMS, WRITES, Call, Service, WriteStream
 from featserve.server.status import DETAILS_KEY, failed
 from featserve.server.telemetry import Telemetry
 from featserve.store.follow import Behind
@@ -126,7 +126,9 @@ class GrpcioServer:
             for name, method in (READS | WRITES).items()
         }
         handlers["StreamFeatures"] = grpc.stream_stream_rpc_method_handler(self._counted(self._stream_features))
-        handlers["StreamRows"] = grpc.stream_unary_rpc_method_handler(self._counted(self._stream_rows))
+        for name, start in WRITE_STREAMS.items():
+            written = partial(self._stream_writes, name, partial(start, service))
+            handlers[name] = grpc.stream_unary_rpc_method_handler(self._counted(written))
         if self._forward is not None:
             handlers |= {
                 name: grpc.stream_unary_rpc_method_handler(self._counted(partial(self._passed_on, self._forward, name)))
@@ -207,11 +209,11 @@ class GrpcioServer:
                     answer = await _once_caught_up(behind, self._service.stream_features, data, call)
             await context.write(answer)
 
-    async def _stream_rows(self, context: Context) -> bytes:
-        stream = self._service.stream_rows()
+    async def _stream_writes(self, name: str, start: Callable[[], WriteStream], context: Context) -> bytes:
+        stream = start()
         while (data := await message(context)) is not None:
             call = self._call(context, context.time_remaining())
-            with self._telemetry.watch("StreamRows", call):
+            with self._telemetry.watch(name, call):
                 await self._in_writer(stream.add, data, call)
         return stream.finish()
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from featserve._proto import serving_pb2 as pb
-from featserve.batch import EntityKeys, Written
+from featserve.batch import EntityKeys, Pushed, Written
 from featserve.engine import NOTHING, Engine
 from featserve.errors import DeadlineExceeded, FeatserveError, invalid
 from featserve.matrix import FeatureMatrix
@@ -24,6 +25,7 @@ from featserve.wire import (
     decode_keys,
     decode_request_columns,
     decode_rows,
+    encode_events,
     encode_matrix,
     encode_schema,
     encode_stages,
@@ -166,6 +168,7 @@ class Service:
             keys,
             now_us,
             request_columns=columns,
+            as_of=request.HasField("as_of_us"),
             event_times=times or (record is not None and record.ages),
             stages=stages,
         )
@@ -232,34 +235,61 @@ class Service:
             record.view, record.written = plan.view.id, written
         return written
 
-    def stream_rows(self) -> RowStream:
+    def describe_events(self, data: bytes, call: Call) -> bytes:
+        """Answer a DescribeEventsRequest."""
+        begin(call)
+        plan = self.engine.plans.events(parse(pb.DescribeEventsRequest, data).source)
+        return encode_events(plan.source).SerializeToString()
+
+    def push_events(self, data: bytes, call: Call) -> bytes:
+        """Answer a PushEventsRequest: its events are all counted, or none."""
+        begin(call)
+        pushed = self._push(parse(pb.PushEventsRequest, data), call.record)
+        return pb.PushEventsResponse(**asdict(pushed)).SerializeToString()
+
+    def _push(self, request: pb.PushEventsRequest, record: Record | None) -> Pushed:
+        stages = None if record is None else record.stages
+        if stages is not None:
+            stages.begin("events")
+        plan = self.engine.plans.events(request.source)
+        arrival = decode_rows(request, plan.source.types, self._limits.max_rows)
+        skew_us = self._limits.max_future_skew_us
+        if stages is not None:
+            stages.begin("store write")
+        return self.engine.push(plan, arrival, now_us=self._clock_us(), max_future_skew_us=skew_us)
+
+    def stream_rows(self) -> WriteStream:
         """Start a StreamRows call."""
-        return RowStream(self._write)
+        return WriteStream(self._write, pb.StreamRowsRequest, pb.StreamRowsResponse())
+
+    def stream_events(self) -> WriteStream:
+        """Start a StreamEvents call."""
+        return WriteStream(self._push, pb.StreamEventsRequest, pb.StreamEventsResponse())
 
 
-class RowStream:
-    """One StreamRows call: each message is written when it is added."""
+class WriteStream:
+    """One StreamRows or StreamEvents call: each message is written when it is added, and its answer to the totals."""
 
-    def __init__(self, write: Callable[[pb.WriteRowsRequest, Record | None], Written]) -> None:
-        self._write = write
-        self._totals = pb.StreamRowsResponse()
+    def __init__(self, write: Callable[[Any, Record | None], Written | Pushed], kind: type[Any], totals: Any) -> None:
+        self._write, self._kind, self._totals = write, kind, totals
 
     def add(self, data: bytes, call: Call) -> None:
-        """Write one StreamRowsRequest; an error says how many messages before it were written."""
+        """Write one message; an error says how many before it were written."""
         try:
             begin(call)
-            written = self._write(parse(pb.StreamRowsRequest, data).request, call.record)
+            written = asdict(self._write(parse(self._kind, data).request, call.record))
         except FeatserveError as error:
             error.metadata["messages_written"] = str(self._totals.messages)
             raise
         self._totals.messages += 1
-        self._totals.rows += written.rows
-        self._totals.stored += written.stored
-        self._totals.token = written.token
+        self._totals.token = written.pop("token")
+        for name, count in written.items():
+            setattr(self._totals, name, getattr(self._totals, name) + count)
 
     def finish(self) -> bytes:
         """Return the answer."""
-        return self._totals.SerializeToString()
+        answer: bytes = self._totals.SerializeToString()
+        return answer
 
 
 def _plain(request: pb.GetFeaturesRequest, call: Call) -> bool:
@@ -288,8 +318,12 @@ READS = {
     "DescribeService": Service.describe_service,
     "ListServices": Service.list_services,
     "DescribeView": Service.describe_view,
+    "DescribeEvents": Service.describe_events,
 }
 """Methods of one request and one answer that only read."""
 
-WRITES = {"WriteRows": Service.write_rows}
+WRITES = {"WriteRows": Service.write_rows, "PushEvents": Service.push_events}
 """Methods of one request and one answer that write."""
+
+WRITE_STREAMS = {"StreamRows": Service.stream_rows, "StreamEvents": Service.stream_events}
+"""Methods of many requests, each of which is written, and one answer."""

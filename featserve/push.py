@@ -1,0 +1,210 @@
+"""Pushed events into the records of every view over them: all in one update of the store, or none.
+
+Comes in: the plan of an event source, and a batch of its events. An event with an id counts once: the ids of those that
+count have keys of their own, and are removed when no window can hold their event any more. Knows no transport and reads
+no clock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from featserve.batch import EventBatch, Int64s, Pushed
+from featserve.checks import check_rows
+from featserve.codec import check_key_sizes, encode_keys
+from featserve.definitions import Calendar, Window
+from featserve.errors import InvalidRequest, invalid
+from featserve.folding import beyond, fold, reached
+from featserve.plan import PushPlan, WindowPlan
+from featserve.series import Events, Layout, Pool, State, events_of
+from featserve.store import OnlineStore
+from featserve.types import NEVER_US, Column, Mask
+from featserve.windows import DAY_US, starts
+
+Writes = dict[bytes, bytes | None]
+PUSHED, LOADED = b"p", b"l"
+"""How the value of an id starts; of one that was loaded the number of the load follows, in seven bytes."""
+MAX_ID_BYTES = 31
+ENTITY_BYTES = 16
+SWEEPS = 16
+"""Ids are looked through when an entity's newest event has moved on by this part of its longest window."""
+
+
+def push(store: OnlineStore, plan: PushPlan, batch: EventBatch, *, now_us: int, latest_us: int) -> Pushed:
+    """Check a batch of events and count them in every view over their source.
+
+    ``latest_us``: the last instant that an event time or known-at may be. Raises InvalidRequest that names row, column
+    and reason, or the view, the entity and the bound that it would be over, and writes nothing then.
+    """
+    check_rows(plan.source.rows, batch, latest_us)
+    parts = [_Part(view, batch, now_us) for view in plan.views]
+    keys = [part.keys() for part in parts]
+
+    def change(found: Sequence[bytes | None]) -> Writes:
+        writes: Writes = {}
+        start = 0
+        for part, wanted in zip(parts, keys, strict=True):
+            writes |= part.change(store, dict(zip(wanted, found[start : start + len(wanted)], strict=True)))
+            start += len(wanted)
+        return writes
+
+    store.update([key for wanted in keys for key in wanted], change)
+    counted, late, duplicate = np.zeros((3, len(batch)), np.bool_)
+    for part in parts:
+        counted, late, duplicate = counted | part.counted, late | part.late, duplicate | part.duplicate
+    late &= ~counted
+    duplicate &= ~counted & ~late
+    return Pushed(len(batch), int(counted.sum()), int(duplicate.sum()), int(late.sum()))
+
+
+class _Part:
+    """One view's part in a push. ``duplicate``, ``counted``, ``late``: what became of each event, bool of (n,)."""
+
+    def __init__(self, plan: WindowPlan, batch: EventBatch, now_us: int) -> None:
+        self._plan, self._now_us = plan, now_us
+        columns = {name: batch.columns[name] for name in plan.view.entity.keys}
+        check_key_sizes(columns)
+        self._has_key = np.ones(len(batch), np.bool_)
+        for column in columns.values():
+            if column.valid is not None:
+                self._has_key &= column.valid
+        self._rows = np.flatnonzero(self._has_key)
+        self._batch = batch.take(self._rows)
+        self._entities, self._owner = owners([self._batch.columns[name] for name in columns])
+        self._ids = ids_of(plan, self._batch)
+        self.duplicate, self.counted, self.late = (np.zeros(len(batch), np.bool_) for _ in range(3))
+
+    def keys(self) -> list[bytes]:
+        """Return the keys whose rows ``change`` takes."""
+        plan = self._plan
+        keys = [plan.load, *(plan.records + key for key in self._entities)]
+        if plan.pushed is not None:
+            keys += [plan.pushed + key for key in self._entities]
+        return keys + [plan.ids + id_ for id_ in self._ids]
+
+    def change(self, store: OnlineStore, found: Mapping[bytes, bytes | None]) -> Writes:
+        """Return what to write, and note what becomes of each event."""
+        plan, layout = self._plan, self._plan.codec.layout
+        fresh = self._fresh(found)
+        self.duplicate[self._rows[~fresh]] = True
+        rows = np.flatnonzero(fresh)
+        if not len(rows):
+            return {}
+        pool = Pool()
+        events = events_of(layout, self._batch.take(rows), self._owner[rows], pool)
+        before, after = self._folded(plan.records, found, events, pool)
+        if problem := beyond(layout, after):
+            raise over(plan, problem, self._batch, self._owner)
+        counts = reached(layout, after.newest_us, events.owner, events.event_time_us)
+        self.counted[self._rows[rows[counts]]] = True
+        self.late[self._rows[rows[~counts]]] = True
+        writes: Writes = dict(self._encoded(plan.records, after, pool))
+        if plan.pushed is not None:
+            writes |= self._encoded(plan.pushed, self._folded(plan.pushed, found, events, pool)[1], pool)
+        if self._ids:
+            kept = rows[counts]
+            for row, entity, time_us in zip(
+                kept.tolist(), self._owner[kept].tolist(), self._batch.event_time_us[kept].tolist(), strict=True
+            ):
+                id_ = self._ids[row]
+                writes[plan.ids + id_] = PUSHED
+                writes[expiry_key(plan, self._entities[entity], time_us) + id_] = b""
+            writes |= self._expired(store, before, after)
+        return writes
+
+    def _fresh(self, found: Mapping[bytes, bytes | None]) -> Mask:
+        """Return which events have an id that is not there, and are the first of it in the batch to be available."""
+        fresh = np.ones(len(self._batch), np.bool_)
+        if not self._ids:
+            return fresh
+        loaded = loaded_mark(found[self._plan.load])
+        seen = {id_ for id_ in self._ids if found[self._plan.ids + id_] in (PUSHED, loaded)}
+        batch = self._batch
+        order = np.lexsort((batch.sequence, np.maximum(batch.event_time_us, batch.known_at_us)))
+        for row in order.tolist():
+            id_ = self._ids[row]
+            if id_ in seen:
+                fresh[row] = False
+            seen.add(id_)
+        return fresh
+
+    def _folded(
+        self, prefix: bytes, found: Mapping[bytes, bytes | None], events: Events, pool: Pool
+    ) -> tuple[State, State]:
+        """Return the states of the entities before and after."""
+        codec = self._plan.codec
+        before = codec.decode([found[prefix + key] or codec.empty for key in self._entities], pool)
+        return before, fold(codec.layout, before, events, self._now_us)
+
+    def _encoded(self, prefix: bytes, state: State, pool: Pool) -> dict[bytes, bytes]:
+        rows = self._plan.codec.encode(state, pool)
+        return {prefix + key: row for key, row in zip(self._entities, rows, strict=True)}
+
+    def _expired(self, store: OnlineStore, before: State, after: State) -> Writes:
+        """Return the removal of ids whose event no window of its entity can hold any more."""
+        plan, layout = self._plan, self._plan.codec.layout
+        old, new = sweeps(layout, before.newest_us), sweeps(layout, after.newest_us)
+        moved = np.flatnonzero((new > old) & (before.newest_us > NEVER_US))
+        removed: Writes = {}
+        for entity, first, end in zip(moved.tolist(), old[moved].tolist(), new[moved].tolist(), strict=True):
+            key = self._entities[entity]
+            for name in store.keys(expiry_key(plan, key, first), expiry_key(plan, key, end)):
+                removed[name] = None
+                removed[plan.ids + name[len(plan.expiry) + ENTITY_BYTES + 8 :]] = None
+        return removed
+
+
+def owners(columns: Sequence[Column]) -> tuple[list[bytes], Int64s]:
+    """Return the distinct entities of n events by their key without a prefix, and the number of each event's."""
+    numbers: dict[bytes, int] = {}
+    keys = encode_keys(columns)
+    owner = np.fromiter((numbers.setdefault(key, len(numbers)) for key in keys), np.int64, len(keys))
+    return list(numbers), owner
+
+
+def ids_of(plan: WindowPlan, batch: EventBatch) -> list[bytes]:
+    """Return what names each event, a digest where its id is long; nothing where events have no id."""
+    assert plan.view.events is not None
+    name = plan.view.events.event_id
+    if name is None:
+        return []
+    ids = encode_keys([batch.columns[name]])
+    return [id_ if len(id_) <= MAX_ID_BYTES else hashlib.sha256(id_).digest() for id_ in ids]
+
+
+def loaded_mark(loads: bytes | None) -> bytes:
+    """Return the value of the ids of the newest load, from the number of loads as it is stored."""
+    return LOADED + (loads or bytes(8))[1:]
+
+
+def expiry_key(plan: WindowPlan, entity: bytes, time_us: int) -> bytes:
+    """Return the start of the key by which an id is found when its event's time is over."""
+    digest = hashlib.sha256(entity).digest()[:ENTITY_BYTES]
+    return plan.expiry + digest + (time_us + 2**63).to_bytes(8, "big")
+
+
+def sweeps(layout: Layout, newest_us: Int64s) -> Int64s:
+    """Return the instants before which ids were looked through, for entities with these newest events."""
+    windows = {window for _, window in layout.cuts}
+    first = np.minimum.reduce([starts(window, newest_us) for window in windows])
+    step = max(max(map(_length_us, windows)) // SWEEPS, 1)
+    found: Int64s = np.maximum(first, NEVER_US + step) // step * step
+    return found
+
+
+def _length_us(window: Window) -> int:
+    if isinstance(window, Calendar):
+        return window.n * {"day": 1, "week": 7, "month": 30}[window.unit] * DAY_US
+    return window.duration_us
+
+
+def over(plan: WindowPlan, problem: tuple[str, int], batch: EventBatch, owner: Int64s) -> InvalidRequest:
+    """Return the error for an entity that would be over a bound. ``owner``: the entity of each event of ``batch``."""
+    what, entity = problem
+    row = np.flatnonzero(owner == entity)[:1]
+    keys = plan.view.entity.keys
+    shown = ", ".join(f"{name}={batch.columns[name].take(row).to_list()[0]!r}" for name in keys)
+    return invalid("rows", f"view {plan.view.id}, {plan.view.entity.name} {shown}: {what}")
