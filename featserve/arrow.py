@@ -29,8 +29,8 @@ from featserve.types import (
     String,
     Timestamp,
     Type,
+    cast_exactly,
     gather,
-    lost,
 )
 
 Wrong = Callable[[int | None, str], InvalidRequest]
@@ -104,7 +104,7 @@ def column_from_arrow(type: Type, array: Any, what: str, *, first_row: int = 0) 
         return Column(type, values if valid is None else values & valid, None, valid)
     if type is Timestamp:
         return Column(type, _instants(array, valid, wrong), None, valid)
-    return Column(type, _numbers(type, _elements(array, valid), wrong), None, valid)
+    return Column(type, cast_exactly(type, _elements(array, valid), wrong), None, valid)
 
 
 def first_refused(array: Any, check: Callable[[Any], object]) -> int:
@@ -188,19 +188,6 @@ def _elements(array: Any, valid: Mask | None) -> Array:
     return values if valid is None else np.where(valid, values, values.dtype.type(0))
 
 
-def _numbers(type: Type, values: Array, wrong: Wrong) -> Array:
-    """Return ``values`` (of one or two dimensions) in the dtype of ``type``."""
-    if values.dtype == type.dtype:
-        return values
-    with np.errstate(over="ignore", invalid="ignore"):
-        cast = values.astype(type.dtype)
-    bad = lost(type, values, cast)
-    if bad.any():
-        cell = np.unravel_index(int(np.argmax(bad)), bad.shape)
-        raise wrong(int(cell[0]), f"{values[cell]} (out of range)")
-    return cast
-
-
 def _instants(array: Any, valid: Mask | None, wrong: Wrong) -> Array:
     if pa.types.is_date32(array.type):
         array = array.cast(pa.timestamp("s"))
@@ -260,7 +247,7 @@ def _vectors(type: Type, array: Any, valid: Mask | None, wrong: Wrong) -> Array:
         gap = cells(~present).any(axis=1)
         if gap.any():
             raise wrong(int(np.argmax(gap)), "a vector with a null element")
-    return _numbers(type, cells(_elements(child, None)), wrong)
+    return cast_exactly(type, cells(_elements(child, None)), wrong)
 
 
 def _bounds(array: Any) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

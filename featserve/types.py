@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from itertools import pairwise
@@ -262,11 +262,14 @@ def _joined(type: Type, encoded: list[bytes], valid: Mask | None) -> Column:
 
 
 def _from_array(type: Type, values: Array, what: str) -> Column:
+    def refuse(row: int, got: str) -> InvalidRequest:
+        return wrong(what, row, type, got)
+
     kind = values.dtype.kind
     if type.vector:
         if values.ndim != 2 or values.shape[1] != type.length or kind not in "fiu":
             raise wrong(what, None, type, f"an array of shape {values.shape} and dtype {values.dtype}")
-        return Column(type, np.ascontiguousarray(_cast(type, values, what)))
+        return Column(type, np.ascontiguousarray(cast_exactly(type, values, refuse)))
     if values.ndim != 1:
         raise wrong(what, None, type, f"an array of {values.ndim} dimensions")
     if type.variable:
@@ -280,11 +283,11 @@ def _from_array(type: Type, values: Array, what: str) -> Column:
     allowed = {1: "b", 2: "iu", 3: "iu", 4: "fiu", 5: "fiu", 8: "iu"}[type.code]
     if kind not in allowed:
         raise wrong(what, None, type, f"an array of dtype {values.dtype}")
-    return Column(type, _cast(type, values, what))
+    return Column(type, cast_exactly(type, values, refuse))
 
 
-def _cast(type: Type, values: Array, what: str) -> Array:
-    """Return numbers of one or two dimensions in the dtype of ``type``."""
+def cast_exactly(type: Type, values: Array, refuse: Callable[[int, str], InvalidRequest]) -> Array:
+    """Return numbers of one or two dimensions in the dtype of ``type``; raises what ``refuse`` says of row and value."""
     if values.dtype == type.dtype:
         return values
     with np.errstate(over="ignore", invalid="ignore"):
@@ -292,7 +295,7 @@ def _cast(type: Type, values: Array, what: str) -> Array:
     bad = lost(type, values, cast)
     if bad.any():
         cell = np.unravel_index(int(np.argmax(bad)), bad.shape)
-        raise wrong(what, int(cell[0]), type, f"{values[cell]} (out of range)")
+        raise refuse(int(cell[0]), f"{values[cell]} (out of range)")
     return cast
 
 

@@ -11,6 +11,7 @@ import hypothesis
 import numpy as np
 import pytest
 
+from featserve.offline import OfflineEngine, open_engine
 from tests.disk import SmallDisk, mounted
 
 SEED = int(os.environ.get("FEATSERVE_SEED") or secrets.randbits(32))
@@ -47,3 +48,18 @@ def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
     (tmp_path / "disk").mkdir()
     with mounted(tmp_path / "disk") as disk:
         yield disk
+
+
+@pytest.fixture(scope="session")
+def duckdb_engine() -> Iterator[OfflineEngine]:
+    engine = open_engine("duckdb")
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="session")
+def spark_engine() -> Iterator[OfflineEngine]:
+    """Start Spark once: it takes seconds."""
+    engine = open_engine("spark", memory_limit="2g")
+    yield engine
+    engine.close()

@@ -5,20 +5,17 @@ A plugin: a test module takes it with ``pytest_plugins = ["tests.joined"]``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from featserve.offline import OfflineEngine, open_engine
+from featserve.offline import OfflineEngine
 from tests.training_world import write_sources
 
 
-@pytest.fixture(scope="module")
-def engine() -> Iterator[OfflineEngine]:
-    engine = open_engine("duckdb")
-    yield engine
-    engine.close()
+@pytest.fixture(scope="session")
+def engine(duckdb_engine: OfflineEngine) -> OfflineEngine:
+    return duckdb_engine
 
 
 @pytest.fixture(scope="module")

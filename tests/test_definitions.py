@@ -147,7 +147,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     ),
     (lambda: view()["tmp"], "feature view 'weather' has no feature 'tmp'; did you mean 'temp'"),
     (lambda: view()["temp", "sly"], "has no feature 'sly'; did you mean 'sky'"),
-    (lambda: view()[0], r"feature view 'weather': 0 names no features; choose them as in view\['a', 'b'\]"),  # type: ignore[index]
+    (lambda: view()[0], r"feature view 'weather': 0 names no features; choose them by name, as in \['a', 'b'\]"),  # type: ignore[index]
     (lambda: view()[()], r"\(\) names no features"),
     (lambda: view()["temp", 1], r"\('temp', 1\) names no features"),  # type: ignore[index]
     (lambda: view()[["temp"]], r"\['temp'\] names no features"),  # type: ignore[index]
@@ -191,7 +191,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
         "feature service 'delay': key column 'user_id' is int64 in weather@1 and string in other@1",
     ),
     # transforms
-    (lambda: transform()[0], r"transform 'wind': 0 names no outputs; choose them as in transform\['a', 'b'\]"),  # type: ignore[index]
+    (lambda: transform()[0], r"transform 'wind': 0 names no outputs; choose them by name, as in \['a', 'b'\]"),  # type: ignore[index]
     (lambda: transform()[()], r"\(\) names no outputs"),
     (lambda: transform()["a", 1], r"\('a', 1\) names no outputs"),  # type: ignore[index]
     (lambda: transform()[["a"]], r"\['a'\] names no outputs"),  # type: ignore[index]

@@ -34,7 +34,7 @@ from featserve.engine import Engine
 from featserve.errors import TransformError
 from featserve.materialize import load
 from featserve.matrix import FeatureMatrix
-from featserve.offline import OfflineEngine, open_engine
+from featserve.offline import OfflineEngine
 from featserve.plan import Plans
 from featserve.registry import Registry
 from featserve.store.memory import MemoryStore
@@ -46,21 +46,6 @@ from tests.random_data import Random, snapshot_of
 from tests.serving import TRANSPORTS, Project, Server
 from tests.training_world import ACTIVITY, FEATURES, LABELS, frame_of, write_sources
 from tests.transforms import made
-
-
-@pytest.fixture(scope="session")
-def duckdb_engine() -> Iterator[OfflineEngine]:
-    engine = open_engine("duckdb")
-    yield engine
-    engine.close()
-
-
-@pytest.fixture(scope="session")
-def spark_engine() -> Iterator[OfflineEngine]:
-    """Start Spark once: it takes seconds."""
-    engine = open_engine("spark", memory_limit="2g")
-    yield engine
-    engine.close()
 
 
 class Replay:

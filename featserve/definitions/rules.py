@@ -40,6 +40,13 @@ def micros(what: str, duration: object, *, zero: bool = False) -> int:
     return us
 
 
+def hours(us: int) -> str:
+    """Return a duration in the greatest unit that divides it, hours at most: how long a day is depends."""
+    units = (("h", 3_600_000_000), ("min", 60_000_000), ("s", 1_000_000), ("ms", 1_000), ("us", 1))
+    unit, size = next((unit, size) for unit, size in units if us % size == 0)
+    return f"{us // size:,} {unit}"
+
+
 def content_hash(meaning: Json) -> str:
     """Return the SHA-256 (64 hex digits) of the canonical JSON of what can change a value."""
     return hashlib.sha256(json.dumps(meaning, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -52,6 +59,12 @@ def unique(what: str, kind: str, names: Iterable[str]) -> None:
         if name in seen:
             raise DefinitionError(f"{what}: {kind} {name!r} stands twice")
         seen.add(name)
+
+
+def check_chosen(what: str, kind: str, names: object) -> None:
+    """Refuse what stands between the brackets of ``view["a", "b"]`` if it is no names."""
+    if not isinstance(names, tuple) or not names or not all(isinstance(name, str) for name in names):
+        raise DefinitionError(f"{what}: {names!r} names no {kind}s; choose them by name, as in ['a', 'b']")
 
 
 def check_texts(what: str, **texts: object) -> None:

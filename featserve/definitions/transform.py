@@ -8,7 +8,7 @@ from typing import Literal
 
 from featserve.definitions.code import Code, Function, capture
 from featserve.definitions.field import Field
-from featserve.definitions.rules import Json, check_name, check_tags, check_version, content_hash, unique
+from featserve.definitions.rules import Json, check_chosen, check_name, check_tags, check_version, content_hash, unique
 from featserve.definitions.view import FeatureView, Selection
 from featserve.errors import DefinitionError, hint
 from featserve.types import Type, parse_type
@@ -42,11 +42,7 @@ class Outputs:
     names: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.names, tuple) or not self.names or not all(isinstance(n, str) for n in self.names):
-            raise DefinitionError(
-                f"transform {self.transform.name!r}: {self.names!r} names no outputs; choose them as in "
-                "transform['a', 'b']"
-            )
+        check_chosen(f"transform {self.transform.name!r}", "output", self.names)
         for name in self.names:
             self.transform.output(name)
 

@@ -9,6 +9,7 @@ from datetime import timedelta
 from featserve.definitions.field import Field
 from featserve.definitions.rules import (
     Json,
+    check_chosen,
     check_name,
     check_tags,
     check_texts,
@@ -249,9 +250,6 @@ class Selection:
     names: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.names, tuple) or not self.names or not all(isinstance(n, str) for n in self.names):
-            raise DefinitionError(
-                f"feature view {self.view.name!r}: {self.names!r} names no features; choose them as in view['a', 'b']"
-            )
+        check_chosen(f"feature view {self.view.name!r}", "feature", self.names)
         for name in self.names:
             self.view.feature(name)
