@@ -287,7 +287,7 @@ def _from_array(type: Type, values: Array, what: str) -> Column:
 
 
 def cast_exactly(type: Type, values: Array, refuse: Callable[[int, str], InvalidRequest]) -> Array:
-    """Return numbers of one or two dimensions in the dtype of ``type``; raises what ``refuse`` says of row and value."""
+    """Return numbers of one or two dimensions in the dtype of ``type``; raises what ``refuse`` makes of a bad one."""
     if values.dtype == type.dtype:
         return values
     with np.errstate(over="ignore", invalid="ignore"):
