@@ -162,7 +162,7 @@ def show_progress(text: str) -> None:
     if sys.stderr.isatty():
         width = shutil.get_terminal_size().columns - 1
         print(f"\r\x1b[K{text[:width]}", end="", file=sys.stderr, flush=True)
-    elif (part := text.partition(":")[0]) and part not in LOGGED:
+    elif (part := text.partition(":")[0].partition(", about")[0]) and part not in LOGGED:
         LOGGED.add(part)
         print(part, file=sys.stderr, flush=True)
 

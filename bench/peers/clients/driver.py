@@ -12,7 +12,8 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from threading import Barrier, Thread
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from typing import Any, Protocol
 
 import numpy as np
@@ -61,18 +62,18 @@ def measure(clients: list[Client], order: dict[str, Any], random: Any) -> dict[s
     barrier = Barrier(len(clients))
     taken_ns: list[list[int]] = [[] for _ in clients]
     seeds = random.integers(0, 2**63, len(clients))
-    threads = [
-        Thread(target=_keep_asking, args=(client, order, seed, barrier, taken))
-        for client, seed, taken in zip(clients, seeds, taken_ns, strict=True)
-    ]
     gc.collect()
     gc.freeze()
-    started = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return {"seconds": time.perf_counter() - started, "taken_ns": [each for taken in taken_ns for each in taken]}
+    with ThreadPoolExecutor(len(clients)) as pool:
+        started = time.perf_counter()
+        asking = [
+            pool.submit(_keep_asking, client, order, seed, barrier, taken)
+            for client, seed, taken in zip(clients, seeds, taken_ns, strict=True)
+        ]
+        for each in asking:
+            each.result()
+        seconds = time.perf_counter() - started
+    return {"seconds": seconds, "taken_ns": [each for taken in taken_ns for each in taken]}
 
 
 def _keep_asking(client: Client, order: dict[str, Any], seed: int, barrier: Barrier, taken_ns: list[int]) -> None:

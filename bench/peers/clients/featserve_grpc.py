@@ -14,7 +14,7 @@ class Featserve:
     """A client of the server at an address."""
 
     def __init__(self, address: str) -> None:
-        self._client = featserve.connect(address)
+        self._client = featserve.connect(address, timeout=60)
 
     def get(self, entities: Any) -> Any:
         return self._client.get(SERVICE, {KEY: entities})
