@@ -14,7 +14,7 @@ from featserve.catalog import Snapshot
 from featserve.codec import RowCodec, key_prefix
 from featserve.definitions import EventSource, FeatureService, FeatureView, Selection
 from featserve.records import RecordCodec
-from featserve.schema import FeatureSchema, ServiceSchema, ViewSchema
+from featserve.schema import AggregateSchema, FeatureSchema, ServiceSchema, ViewSchema
 from featserve.transform import REQUEST_TIME, Step, compile_steps, slot_of
 from featserve.types import Float64, Int32, Type
 
@@ -182,6 +182,9 @@ def compile_schema(service: FeatureService) -> ServiceSchema:
                 f.description,
                 "" if f.default is None else json.dumps(f.default),
                 "" if isinstance(source, FeatureView) else source.id,
+                aggregate_schema(source, f.name)
+                if isinstance(source, FeatureView) and source.events is not None
+                else None,
             )
         )
         width, typed = (width + f.type.length, typed) if fits else (width, typed + 1)
@@ -199,6 +202,24 @@ def compile_schema(service: FeatureService) -> ServiceSchema:
         service.owner,
         service.description,
         service.request_columns,
+    )
+
+
+def aggregate_schema(view: FeatureView, name: str) -> AggregateSchema:
+    """Return what the feature ``name`` of a view over events means, spelled out."""
+    aggregate = next(a for a in view.aggregates if a.name == name)
+    assert view.events is not None
+    meaning = aggregate.meaning()
+    return AggregateSchema(
+        aggregate.function,
+        "" if aggregate.of is None else str(aggregate.of),
+        "" if aggregate.where is None else str(aggregate.where),
+        view.events.id,
+        meaning["over"]["kind"],
+        aggregate.over.boundaries,
+        meaning["over"].get("zone", ""),
+        json.dumps(meaning["empty"]),
+        meaning["ties"],
     )
 
 

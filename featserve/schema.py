@@ -32,11 +32,33 @@ class ViewSchema:
 
 
 @dataclass(frozen=True, slots=True)
+class AggregateSchema:
+    """What a feature over a window means, spelled out.
+
+    ``function`` of the expression ``of`` an event, of the events themselves where that is empty; over the events of the
+    source ``events`` (its id) that satisfy ``where``, all if empty. ``boundaries``: which event times the window at T
+    holds, of which ``kind`` it is; ``zone``: a calendar's. ``empty_json``: the value of an empty window. ``ties``: what
+    decides which of two events is the later one.
+    """
+
+    function: str
+    of: str
+    where: str
+    events: str
+    kind: str
+    boundaries: str
+    zone: str
+    empty_json: str
+    ties: str
+
+
+@dataclass(frozen=True, slots=True)
 class FeatureSchema:
     """One feature of an answer.
 
     ``view``: index into the schema's views, None for the output of the transform that ``transform`` names. Either
-    ``tensor``, its first column there, or ``column``, its index among the typed columns, is set.
+    ``tensor``, its first column there, or ``column``, its index among the typed columns, is set. ``aggregate``: set
+    where it is one over a window.
     """
 
     name: str
@@ -47,6 +69,7 @@ class FeatureSchema:
     description: str = ""
     default_json: str = ""
     transform: str = ""
+    aggregate: AggregateSchema | None = None
 
 
 @dataclass(frozen=True, slots=True)

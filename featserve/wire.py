@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict, fields
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from featserve.batch import Arrival, EntityKeys, check_request_columns, column_n
 from featserve.definitions import EventSource, FeatureView
 from featserve.errors import FeatserveError, TooLarge, Violation, by_reason, invalid
 from featserve.matrix import FeatureMatrix
-from featserve.schema import FeatureSchema, ServiceSchema, ViewSchema
+from featserve.schema import AggregateSchema, FeatureSchema, ServiceSchema, ViewSchema
 from featserve.stages import Stage
 from featserve.types import SCALARS_BY_CODE, VECTOR_CODE, Array, Column, Int64, Mask, Type, type_of_code
 
@@ -220,6 +221,7 @@ def encode_schema(schema: ServiceSchema) -> pb.ServiceSchema:
             name=f.name, type=f.type.code, length=f.type.length if f.type.vector else 0, view=f.view,
             tensor=f.tensor, column=f.column, description=f.description, default_json=f.default_json,
             transform=f.transform,
+            aggregate=None if f.aggregate is None else pb.AggregateSchema(**asdict(f.aggregate)),
         )  # fmt: skip
     return message
 
@@ -245,6 +247,7 @@ def decode_schema(message: pb.ServiceSchema) -> ServiceSchema:
                 f.name, _type(f.type, f.length), f.view if f.HasField("view") else None,
                 f.tensor if f.HasField("tensor") else None, f.column if f.HasField("column") else None,
                 f.description, f.default_json, f.transform,
+                _aggregate(f.aggregate) if f.HasField("aggregate") else None,
             )
             for f in message.features
         ),
@@ -252,6 +255,10 @@ def decode_schema(message: pb.ServiceSchema) -> ServiceSchema:
         message.description,
         {given.name: _type(given.type, given.length) for given in message.request_columns},
     )  # fmt: skip
+
+
+def _aggregate(message: pb.AggregateSchema) -> AggregateSchema:
+    return AggregateSchema(**{field.name: getattr(message, field.name) for field in fields(AggregateSchema)})
 
 
 def encode_view(view: FeatureView) -> pb.DescribeViewResponse:

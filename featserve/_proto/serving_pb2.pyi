@@ -615,6 +615,7 @@ class FeatureSchema(_message.Message):
     DESCRIPTION_FIELD_NUMBER: _builtins.int
     DEFAULT_JSON_FIELD_NUMBER: _builtins.int
     TRANSFORM_FIELD_NUMBER: _builtins.int
+    AGGREGATE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"view.feature"."""
     type: Global___DataType.ValueType
@@ -629,6 +630,10 @@ class FeatureSchema(_message.Message):
     """JSON of the declared default; empty where there is none."""
     transform: _builtins.str
     """The on-demand transform that computes it, "name@version"; empty for a view's feature."""
+    @_builtins.property
+    def aggregate(self) -> Global___AggregateSchema:
+        """Unset for what is no aggregate over a window."""
+
     def __init__(
         self,
         *,
@@ -641,10 +646,11 @@ class FeatureSchema(_message.Message):
         description: _builtins.str = ...,
         default_json: _builtins.str = ...,
         transform: _builtins.str = ...,
+        aggregate: Global___AggregateSchema | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_view", b"_view", "column", b"column", "place", b"place", "tensor", b"tensor", "view", b"view"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_view", b"_view", "aggregate", b"aggregate", "column", b"column", "place", b"place", "tensor", b"tensor", "view", b"view"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_view", b"_view", "column", b"column", "default_json", b"default_json", "description", b"description", "length", b"length", "name", b"name", "place", b"place", "tensor", b"tensor", "transform", b"transform", "type", b"type", "view", b"view"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_view", b"_view", "aggregate", b"aggregate", "column", b"column", "default_json", b"default_json", "description", b"description", "length", b"length", "name", b"name", "place", b"place", "tensor", b"tensor", "transform", b"transform", "type", b"type", "view", b"view"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__view: _TypeAlias = _typing.Literal["view"]  # noqa: Y015
     _WhichOneofArgType__view: _TypeAlias = _typing.Literal["_view", b"_view"]  # noqa: Y015
@@ -656,6 +662,59 @@ class FeatureSchema(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_place) -> _WhichOneofReturnType_place | None: ...
 
 Global___FeatureSchema: _TypeAlias = FeatureSchema  # noqa: Y015
+
+@_typing.final
+class AggregateSchema(_message.Message):
+    """What a feature over a window means, spelled out."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FUNCTION_FIELD_NUMBER: _builtins.int
+    OF_FIELD_NUMBER: _builtins.int
+    WHERE_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    BOUNDARIES_FIELD_NUMBER: _builtins.int
+    ZONE_FIELD_NUMBER: _builtins.int
+    EMPTY_JSON_FIELD_NUMBER: _builtins.int
+    TIES_FIELD_NUMBER: _builtins.int
+    function: _builtins.str
+    """"sum"; of: the column or expression of an event that it is of, empty where it is of the events themselves."""
+    of: _builtins.str
+    where: _builtins.str
+    """Which events count; empty: all."""
+    events: _builtins.str
+    """The event source, "name@version"."""
+    kind: _builtins.str
+    """"rolling", "calendar" or "hopping"."""
+    boundaries: _builtins.str
+    """Which event times the window at T holds."""
+    zone: _builtins.str
+    """The IANA time zone of a calendar window."""
+    empty_json: _builtins.str
+    """JSON of the value of an empty window."""
+    ties: _builtins.str
+    """What decides which of two events is the later one, the first first."""
+    def __init__(
+        self,
+        *,
+        function: _builtins.str = ...,
+        of: _builtins.str = ...,
+        where: _builtins.str = ...,
+        events: _builtins.str = ...,
+        kind: _builtins.str = ...,
+        boundaries: _builtins.str = ...,
+        zone: _builtins.str = ...,
+        empty_json: _builtins.str = ...,
+        ties: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boundaries", b"boundaries", "empty_json", b"empty_json", "events", b"events", "function", b"function", "kind", b"kind", "of", b"of", "ties", b"ties", "where", b"where", "zone", b"zone"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AggregateSchema: _TypeAlias = AggregateSchema  # noqa: Y015
 
 @_typing.final
 class DescribeViewRequest(_message.Message):

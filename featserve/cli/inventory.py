@@ -19,6 +19,7 @@ from featserve.cli.answer import plain
 from featserve.cli.show import age, columns_of, counted, facts, instant, show, show_json, table, ttl
 from featserve.definitions import (
     Entity,
+    EventSource,
     FeatureService,
     FeatureView,
     Field,
@@ -29,14 +30,15 @@ from featserve.definitions import (
     micros,
 )
 from featserve.errors import unknown
-from featserve.plan import compile_schema
-from featserve.schema import FeatureSchema, ServiceSchema, ServiceSummary
+from featserve.plan import aggregate_schema, compile_schema
+from featserve.schema import AggregateSchema, FeatureSchema, ServiceSchema, ServiceSummary
 from featserve.types import Timestamp, Type
 
 Described = Definition | ServiceSchema
 
 NAMED = {
     Entity: "Entity",
+    EventSource: "Event source",
     FeatureView: "Feature view",
     OnDemandTransform: "On-demand transform",
     FeatureService: "Feature service",
@@ -83,10 +85,20 @@ def show_all(snapshot: Snapshot) -> None:
     for t in snapshot.transforms.values():
         outputs = ", ".join(f.name for f in t.outputs)
         transforms.add_row(t.id, ", ".join(t.inputs), outputs, Text(t.owner), Text(t.description))
+    sources = table("event source", "source", "fields", "owner", "description")
+    for events in snapshot.event_sources.values():
+        path = "pushed" if events.source is None else events.source.path
+        fields = ", ".join(f.name for f in events.fields)
+        sources.add_row(events.id, Text(path), fields, Text(events.owner), Text(events.description))
     entities = table("entity", "keys", "description")
     for entity in snapshot.entities.values():
         entities.add_row(entity.name, columns_of(entity.keys.items()), Text(entity.description))
-    for title, made in (("Feature views", views), ("On-demand transforms", transforms), ("Entities", entities)):
+    for title, made in (
+        ("Feature views", views),
+        ("On-demand transforms", transforms),
+        ("Event sources", sources),
+        ("Entities", entities),
+    ):
         if made.row_count:
             show("")
             _show_titled(title, made)
@@ -129,6 +141,8 @@ def show_definition(definition: Described) -> None:
             _show_schema(compile_schema(definition))
         case FeatureView():
             _show_view(definition)
+        case EventSource():
+            _show_events(definition)
         case OnDemandTransform():
             _show_transform(definition)
         case Entity():
@@ -171,6 +185,18 @@ def _show_schema(schema: ServiceSchema) -> None:
         default = _shown(f.type, json.loads(f.default_json)) if f.default_json else ""
         features.add_row(f.name, str(f.type), _place(f), Text(default), Text(f.description))
     show(views, "", features)
+    _show_windows({f.name: f.aggregate for f in schema.features if f.aggregate is not None})
+
+
+def _show_windows(aggregates: Mapping[str, AggregateSchema]) -> None:
+    """Print what each aggregate over a window means."""
+    if not aggregates:
+        return
+    windows = table("feature", "aggregate", "window", "events", "empty")
+    for name, a in aggregates.items():
+        of = f"{a.function}({a.of})" + (f" where {a.where}" if a.where else "")
+        windows.add_row(name, Text(of), Text(f"{a.kind}: {a.boundaries}"), a.events, a.empty_json)
+    show("", windows)
 
 
 def _schema_json(schema: ServiceSchema) -> dict[str, Any]:
@@ -208,12 +234,27 @@ def _show_view(view: FeatureView) -> None:
         ("source", "none; its rows are only written online" if source is None else f"{source.format} {source.path}"),
         ("event time", "" if source is None else source.event_time),
         ("known at", known),
+        ("events", "" if view.events is None else view.events.id),
     )
     features = table("feature", "type", "constraints", "default", "description")
     for f in view.features:
         default = "" if f.default is None else _shown(f.type, f.default)
         features.add_row(f.name, str(f.type), Text(_constraints(f)), Text(default), Text(f.description))
     show("", features)
+    _show_windows({a.name: aggregate_schema(view, a.name) for a in view.aggregates})
+
+
+def _show_events(events: EventSource) -> None:
+    source = events.source
+    _show_facts(
+        events,
+        ("source", "none; its events are only pushed" if source is None else f"{source.format} {source.path}"),
+        ("event id", events.event_id or "none; each event counts"),
+    )
+    fields = table("field", "type", "constraints", "description")
+    for f in events.fields:
+        fields.add_row(f.name, str(f.type), Text(_constraints(f)), Text(f.description))
+    show("", fields)
 
 
 def _show_transform(transform: OnDemandTransform) -> None:
@@ -237,7 +278,9 @@ def _show_transform(transform: OnDemandTransform) -> None:
     show("", inputs, "", outputs)
 
 
-def _show_facts(definition: FeatureView | OnDemandTransform | Entity, *more: tuple[str, RenderableType]) -> None:
+def _show_facts(
+    definition: FeatureView | EventSource | OnDemandTransform | Entity, *more: tuple[str, RenderableType]
+) -> None:
     named = definition.name if isinstance(definition, Entity) else definition.id
     tags = {} if isinstance(definition, Entity) else definition.tags
     show(Text.assemble(f"{NAMED[type(definition)]} ", (named, "bold")))

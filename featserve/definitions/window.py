@@ -23,6 +23,7 @@ from featserve.definitions.rules import (
     check_texts,
     check_version,
     content_hash,
+    hours,
     micros,
     unique,
 )
@@ -58,8 +59,10 @@ class Rolling:
     def to_dict(self) -> Json:
         return {"kind": "rolling", "duration_us": self.duration_us, "max_events": self.max_events}
 
-    def __str__(self) -> str:
-        return f"rolling {self.duration}: T - {self.duration} < event time <= T"
+    @property
+    def boundaries(self) -> str:
+        """Which event times it holds at T."""
+        return f"T - {hours(self.duration_us)} < event time <= T"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +90,12 @@ class Calendar:
     def to_dict(self) -> Json:
         return {"kind": "calendar", "n": self.n, "unit": self.unit, "zone": self.zone}
 
-    def __str__(self) -> str:
-        first = "T's" if self.n == 1 else f"{self.n - 1} before T's"
-        return f"calendar {self.n} {self.unit} in {self.zone}: from the start of the local {self.unit} {first}, to T"
+    @property
+    def boundaries(self) -> str:
+        """Which event times it holds at T."""
+        unit = self.unit if self.n == 2 else f"{self.unit}s"
+        first = f"T's {self.unit}" if self.n == 1 else f"the {self.unit} {self.n - 1} {unit} before T's"
+        return f"the start of {first} in {self.zone} <= event time <= T"
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +125,10 @@ class Hopping:
     def to_dict(self) -> Json:
         return {"kind": "hopping", "duration_us": self.duration_us, "hop_us": self.hop_us}
 
-    def __str__(self) -> str:
-        return f"hopping {self.duration} by {self.hop}: floor(T - {self.duration}, {self.hop}) <= event time <= T"
+    @property
+    def boundaries(self) -> str:
+        """Which event times it holds at T; hops are aligned to the Unix epoch."""
+        return f"floor(T - {hours(self.duration_us)}, {hours(self.hop_us)}) <= event time <= T"
 
 
 Window = Rolling | Calendar | Hopping
@@ -219,7 +227,7 @@ class Aggregate:
             "where": None if where is None else where.to_dict(),
             "max_distinct": self.max_distinct if self.function == DISTINCT_COUNT else None,
             "default": self.default,
-            "empty": 0 if self.function == "count" else None,
+            "empty": 0 if self.function in ("count", DISTINCT_COUNT) else None,
             "ties": "event_time, known_at, sequence",
         }
 
