@@ -11,7 +11,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import bulk_load, grid, in_process, memory, overload, project, report, server, telemetry, transform, writes
+from bench import (
+    bulk_load,
+    grid,
+    in_process,
+    memory,
+    native,
+    overload,
+    project,
+    report,
+    server,
+    telemetry,
+    transform,
+    writes,
+)
 from bench.report import ROOT, Figure
 
 
@@ -55,6 +68,7 @@ def run(module: str, *arguments: str) -> str:
 BENCHES: dict[str, tuple[str, Callable[[Path], list[Figure]]]] = {
     "bulk_load": ("Bulk load: 1 million rows of 50 float64, Parquet to served", bulk_load.measure),
     "server": ("Server: 50 float64 features, 1 million entities, 8 connections", server.measure),
+    "native": ("pygrpc-native: 50 float64 features, hot rows, 8 connections", native.measure),
     "telemetry": ("Traces and metrics: requests per second beside none of them", telemetry.measure),
     "in_process": ("In process: the same view, no server", in_process.measure),
     "memory": ("Memory of a server", memory.measure),
@@ -65,7 +79,7 @@ BENCHES: dict[str, tuple[str, Callable[[Path], list[Figure]]]] = {
     "transform": ("A transform, in process: what it adds to a request", transform.measure),
     "offline_join": ("Training join: 10 million rows, 1 million labels", temporal_join),
 }
-PROJECT = ("bulk_load", "server", "in_process", "memory", "overload", "writes")
+PROJECT = ("bulk_load", "server", "native", "in_process", "memory", "overload", "writes")
 """Those that use the project of a million entities."""
 
 

@@ -1,4 +1,4 @@
-"""The two servers that are compared, each in a process of its own."""
+"""The servers that are compared, each in a process of its own."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ class Server:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 cwd=ROOT,
-                env=os.environ | {"GRPC_VERBOSITY": "ERROR"},
+                env=os.environ | {"GRPC_VERBOSITY": "ERROR", "TMPDIR": str(project.folder)},
             )
 
     def ready(self) -> Self:

@@ -34,7 +34,7 @@ durability = "process"
 [server]
 host = "127.0.0.1"
 port = 7070
-# transport = "auto"           # pygrpc-native, several times as fast, where it is installed; else "grpcio"
+# transport = "native"         # pygrpc-native instead of "grpcio": faster, for callers that are trusted
 # max_rows = 10000               # in one request
 # max_concurrent = 256           # requests at once; more are refused at once
 # max_message_mb = 16

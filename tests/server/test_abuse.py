@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -163,6 +165,37 @@ def test_thousands_of_streams_on_one_connection(start: Callable[..., Server]) ->
         assert asyncio.run(converse(server.address, 4_000, 2)) == [2] * 8_000
         sizes.append(server.memory_bytes())
     assert sizes[-1] - sizes[1] < 16 * MB
+
+
+def h2load(server: Server, method: str, message: bytes, requests: int, folder: Path) -> None:
+    """Send a request again and again, on eight connections with ten under way on each; all are answered."""
+    (folder / "body").write_bytes(b"\0" + len(message).to_bytes(4, "big") + message)
+    load = ["h2load", "--clients=8", "--max-concurrent-streams=10", f"--requests={requests}"]
+    headers = ["--header=content-type: application/grpc", "--header=te: trailers", f"--data={folder / 'body'}"]
+    done = subprocess.run(
+        [*load, *headers, f"http://{server.address}{PATH}{method}"], capture_output=True, text=True, check=True
+    )
+    assert f"{requests} succeeded, 0 failed" in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("requests", [10_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+def test_memory_is_flat_however_many_requests_come(start: Callable[..., Server], tmp_path: Path, requests: int) -> None:
+    """Over a million requests, some of them refused, the server's memory stays level; it ends as it should."""
+    assert shutil.which("h2load"), "there is no h2load: tests/setup.sh installs it"
+    server = start()
+    read, wrong = wide(1, 2, 3).SerializeToString(), pb.GetFeaturesRequest(service="nope").SerializeToString()
+    write = numbers([1], 1.0).SerializeToString()
+
+    def load(count: int) -> int:
+        h2load(server, "GetFeatures", read, count * 9 // 10, tmp_path)
+        h2load(server, "GetFeatures", wrong, count // 10, tmp_path)
+        h2load(server, "WriteRows", write, 1_000, tmp_path)
+        return server.memory_bytes()
+
+    load(10_000)
+    before = load(10_000)
+    assert load(requests) - before < 16 * MB
+    assert server.stop() == 0
 
 
 @pytest.mark.slow
