@@ -71,6 +71,7 @@ async def serve(config: Config, ready: Callable[[str], None], part: Part | None 
             try:
                 await _serve(config, registry, Engine(store, plans, follower), telemetry, ready, part)
             finally:
+                gc.unfreeze()  # whatever this process does afterwards, its end included, is collected as before
                 telemetry.close()
         finally:
             if follower is not None:
