@@ -17,7 +17,8 @@ from typing import Any, Self
 
 import pyarrow
 
-from featserve.batch import Written
+from featserve.backfill import load_windows
+from featserve.batch import Pushed, Written
 from featserve.config import Config, load_config
 from featserve.engine import Engine
 from featserve.errors import StoreError, invalid
@@ -105,7 +106,13 @@ class Embedded:
             stages.begin("keys")
         checked, columns = request_of(keys, request, plan.schema)
         matrix = self.engine.read(
-            plan, checked, now_us, request_columns=columns, event_times=event_times, stages=stages
+            plan,
+            checked,
+            now_us,
+            request_columns=columns,
+            as_of=as_of is not None,
+            event_times=event_times,
+            stages=stages,
         )
         if stages is not None:
             stages.end()
@@ -123,13 +130,28 @@ class Embedded:
         arrival = rows_of(rows, plan.columns, event_time, known_at)
         return self.engine.write(plan, arrival, now_us=clock_us(), max_future_skew_us=skew_us)
 
+    def push(self, source: str, events: Frame, *, event_time: Any, known_at: Any | None = None) -> Pushed:
+        """Count events in the windows of every view over their source, all or none; see ``Client.push``."""
+        self._check_writable()
+        plan = self.plans.events(source)
+        skew_us = int(self.config.server.max_future_skew_seconds * 1_000_000)
+        arrival = rows_of(events, plan.source.types, event_time, known_at)
+        return self.engine.push(plan, arrival, now_us=clock_us(), max_future_skew_us=skew_us)
+
     def materialize(self, view: str, *, as_of: datetime | None = None, progress: Progress | None = None) -> Loaded:
-        """Load a view's batch source into the store, as of an instant (now by default), and record it."""
+        """Load a view's batch source into the store, as of an instant (now by default), and record it.
+
+        Of a view over events, what was pushed stays, and counts once; see ``backfill.load_windows``.
+        """
         self._check_writable()
         plan = self.plans.view(view)
         started = clock.monotonic()
         as_of_us = instant_us(as_of)
-        loaded = load(self.engine.store, plan, self.config.folder, as_of_us, progress)
+        store, folder = self.engine.store, self.config.folder
+        if plan.view.events is None:
+            loaded = load(store, plan, folder, as_of_us, progress)
+        else:
+            loaded = load_windows(store, self.plans.windows(plan.view), folder, as_of_us, progress)
         source = plan.view.source
         assert source is not None
         self.registry.record_load(

@@ -15,7 +15,7 @@ import numpy as np
 from featserve.batch import EventBatch, Int64s
 from featserve.checks import READ_ROWS, checked_batches
 from featserve.codec import encode_keys, key_ranks
-from featserve.definitions import FeatureView
+from featserve.definitions import Rows
 from featserve.errors import SourceError
 from featserve.plan import WritePlan
 from featserve.store import Load, OnlineStore
@@ -40,28 +40,28 @@ class Loaded:
 
 
 def visible_batches(
-    view: FeatureView, root: Path, as_of_us: int, progress: Progress | None = None, *, batch_rows: int = READ_ROWS
+    rows: Rows, root: Path, as_of_us: int, progress: Progress | None = None, *, batch_rows: int = READ_ROWS
 ) -> Iterator[tuple[int, EventBatch]]:
-    """Yield the checked rows of a view's source that are visible at ``as_of_us``, each batch with the rows read for it.
+    """Yield the checked rows of a source that are visible at ``as_of_us``, each batch with the rows read for it.
 
     Expired rows count: they are served with the status EXPIRED. Raises SourceError that names file, row and column.
     """
-    if view.source is None:
-        raise SourceError(f"feature view {view.id} has no source; its rows are only written online")
-    rows, part = 0, 0.0
+    if rows.source is None:
+        raise SourceError(f"{rows.id} has no source; its rows are only written online")
+    rows_read, part = 0, 0.0
 
     def note(done: int, total: int) -> None:
         nonlocal part
         part = done / total if total else 1.0
 
-    for batch in checked_batches(view.rows, root, batch_rows=batch_rows, progress=note):
+    for batch in checked_batches(rows, root, batch_rows=batch_rows, progress=note):
         visible = (batch.event_time_us <= as_of_us) & (batch.known_at_us <= as_of_us)
         yield len(batch), batch if visible.all() else batch.take(np.nonzero(visible)[0])
-        rows += len(batch)
+        rows_read += len(batch)
         if progress is not None:
-            progress(rows, part)
+            progress(rows_read, part)
     if progress is not None:
-        progress(rows, 1.0)
+        progress(rows_read, 1.0)
 
 
 def load(store: OnlineStore, plan: WritePlan, root: Path, as_of_us: int, progress: Progress | None = None) -> Loaded:
@@ -72,7 +72,7 @@ def load(store: OnlineStore, plan: WritePlan, root: Path, as_of_us: int, progres
     rows_read = 0
     chunk = _Chunk(plan)
     with store.load() as load:
-        for read, batch in visible_batches(plan.view, root, as_of_us, progress, batch_rows=chunk.most_rows):
+        for read, batch in visible_batches(plan.view.rows, root, as_of_us, progress, batch_rows=chunk.most_rows):
             rows_read += read
             if not chunk.takes(batch):
                 chunk.empty_into(load)

@@ -208,6 +208,7 @@ def snapshot_of(views: Sequence[FeatureView], services: Sequence[FeatureService]
     """Return what a registry would hold of these."""
     return Snapshot(
         entities={view.entity.name: view.entity for view in views},
+        event_sources={view.events.id: view.events for view in views if view.events is not None},
         views={view.id: view for view in views},
         services={service.id: service for service in services},
     )

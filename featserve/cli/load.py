@@ -31,7 +31,7 @@ from featserve.materialize import Loaded, visible_batches
 from featserve.registry import Load, Registry
 from featserve.sources import source_files
 from featserve.types import from_us
-from featserve.wire import encode_rows
+from featserve.wire import encode_push, encode_rows
 
 MESSAGE_ROWS = 5_000
 MESSAGE_BYTES = 4 << 20
@@ -121,14 +121,24 @@ def _sends(config: Config, registry: Registry, client: Client, as_of_us: int) ->
             rows_read = rows
             note(rows, part)
 
-        written = client.write_messages(
-            encode_rows(view.id, portion)
-            for _, batch in visible_batches(view, config.folder, as_of_us, count)
+        rows = view.rows if view.events is None else view.events.rows
+        arrivals = (
+            portion
+            for _, batch in visible_batches(rows, config.folder, as_of_us, count)
             for portion in portions(batch, limit_rows, limit_bytes)
         )
+        if view.events is None:
+            stored = client.write_messages(encode_rows(view.id, portion) for portion in arrivals).stored
+        elif view.events.event_id is None:
+            raise CallerError(
+                f"{view.id}: events of {view.events.id} have no event id, so those sent twice would count twice. Stop "
+                "the server and load them without --to, or declare event_id in a new version"
+            )
+        else:
+            stored = client.push_messages(encode_push(view.events.id, portion) for portion in arrivals).counted
         seconds = time.monotonic() - started
-        registry.record_load(Load(view.id, as_of_us, clock_us(), rows_read, written.stored, view.source.path, seconds))
-        return Loaded(rows_read, written.stored)
+        registry.record_load(Load(view.id, as_of_us, clock_us(), rows_read, stored, view.source.path, seconds))
+        return Loaded(rows_read, stored)
 
     return load_view
 

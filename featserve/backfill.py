@@ -1,0 +1,193 @@
+"""Backfill: the history of a view over events into its records.
+
+Comes in: the plan of a view and its project's folder. The whole history is read, checked and counted before any of it
+is visible, and takes the place of what was loaded before. What was pushed stays, and counts once where the history has
+it, too. Reads no clock: ``as_of_us`` says which events count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from featserve.batch import EventBatch, Int64s
+from featserve.codec import encode_keys, key_ranks
+from featserve.errors import SourceError
+from featserve.folding import beyond, fold, reached, unite
+from featserve.materialize import Loaded, Progress, visible_batches
+from featserve.plan import WindowPlan
+from featserve.push import PUSHED, expiry_key, ids_of, loaded_mark, over
+from featserve.series import Pool, State, events_of
+from featserve.store import Load, OnlineStore
+from featserve.types import NEVER_US, Array, Mask, concat
+
+ENTITIES = 4_096
+"""Entities whose records are made at once."""
+SLACK_ROWS = 1_000_000
+"""Events that are held beyond twice those that count, before the others are let go of."""
+LOOKED_UP = 65_536
+"""Ids that are looked up at once."""
+
+
+def load_windows(
+    store: OnlineStore, plan: WindowPlan, root: Path, as_of_us: int, progress: Progress | None = None
+) -> Loaded:
+    """Load the history of a view over events: all of it, or nothing where an event is refused or it is interrupted.
+
+    It may be run again. Pushes wait while the records are made. Without an event id every event of the history and
+    every pushed one counts. ``rows_stored``: the events that a window still holds. Raises SourceError, also where an
+    entity would be over a bound of the view.
+    """
+    rows_read, history = 0, _History(plan)
+    for read, batch in visible_batches(plan.view.rows, root, as_of_us, progress):
+        rows_read += read
+        history.add(batch)
+    with store.updating(), store.load() as load:
+        return Loaded(rows_read, _Backfill(store, plan, as_of_us).run(history.events(), load))
+
+
+class _History:
+    """The events of a source that windows may still hold, each id once."""
+
+    def __init__(self, plan: WindowPlan) -> None:
+        self._plan = plan
+        self._batches: list[EventBatch] = []
+        self._rows = self._kept = 0
+
+    def add(self, batch: EventBatch) -> None:
+        has_key = np.ones(len(batch), np.bool_)
+        for name in self._plan.view.entity.keys:
+            valid = batch.columns[name].valid
+            if valid is not None:
+                has_key &= valid
+        self._batches.append(batch.take(np.flatnonzero(has_key)))
+        self._rows += len(self._batches[-1])
+        if self._rows > 2 * self._kept + SLACK_ROWS:
+            self.events()
+
+    def events(self) -> EventBatch | None:
+        """Return the events; None where no batch was added."""
+        if not self._batches:
+            return None
+        batch = _joined(self._batches)
+        owner = _numbers(key_ranks([batch.columns[name] for name in self._plan.view.entity.keys]))
+        newest = np.full(int(owner.max(initial=-1)) + 1, NEVER_US)
+        np.maximum.at(newest, owner, batch.event_time_us)
+        kept = reached(self._plan.codec.layout, newest, owner, batch.event_time_us) & self._first_of_id(batch)
+        if not kept.all():
+            batch = batch.take(np.flatnonzero(kept))
+        self._batches, self._rows, self._kept = [batch], len(batch), len(batch)
+        return batch
+
+    def _first_of_id(self, batch: EventBatch) -> Mask:
+        """Return which events are the first of their id to become available."""
+        first = np.ones(len(batch), np.bool_)
+        assert self._plan.view.events is not None
+        name = self._plan.view.events.event_id
+        if name is not None and len(batch):
+            ranks = key_ranks([batch.columns[name]])
+            available = np.maximum(batch.event_time_us, batch.known_at_us)
+            order = np.lexsort((batch.sequence, available, ranks))
+            ordered = ranks[order]
+            first[order[1:]] = ordered[1:] != ordered[:-1]
+        return first
+
+
+class _Backfill:
+    """One load of a view's records and ids."""
+
+    def __init__(self, store: OnlineStore, plan: WindowPlan, as_of_us: int) -> None:
+        self._store, self._plan, self._as_of_us = store, plan, as_of_us
+        before = int.from_bytes(store.read_many([plan.load])[0] or b"", "big")
+        self._loads = (before + 1).to_bytes(8, "big")
+        self._mark = loaded_mark(self._loads)
+        self._ids: list[tuple[bytes, bytes]] = []
+
+    def run(self, history: EventBatch | None, load: Load) -> int:
+        """Make the records of all entities, those that the history no longer has among them; return what counts."""
+        plan = self._plan
+        keys: list[bytes] = []
+        if history is not None:
+            history = history.take(self._not_pushed(history))
+            keys = encode_keys([history.columns[name] for name in plan.view.entity.keys])
+        prefix = len(plan.records)
+        there = (key[prefix:] for key in self._store.keys(plan.records, _after(plan.records)))
+        entities = sorted({*keys, *there})
+        numbers = {key: i for i, key in enumerate(entities)}
+        owner = np.fromiter(map(numbers.__getitem__, keys), np.int64, len(keys))
+        order = np.argsort(owner, kind="stable")
+        counted = 0
+        for start in range(0, len(entities), ENTITIES):
+            part = entities[start : start + ENTITIES]
+            first, stop = np.searchsorted(owner[order], (start, start + len(part)))
+            rows = order[first:stop]
+            counted += self._add(history, rows, owner[rows] - start, part, load)
+        if self._ids:
+            marks = sorted(id_ for id_, _ in self._ids)
+            load.add([plan.ids + id_ for id_ in marks], [self._mark] * len(marks))
+            expiries = sorted(expiry for _, expiry in self._ids)
+            load.add(expiries, [b""] * len(expiries))
+        load.add([plan.load], [self._loads])
+        return counted
+
+    def _add(
+        self, history: EventBatch | None, rows: Int64s, owner: Int64s, entities: Sequence[bytes], load: Load
+    ) -> int:
+        """Make the records of some entities from their events, ``rows`` of the history; return how many count."""
+        plan, codec = self._plan, self._plan.codec
+        assert plan.pushed is not None
+        pool = Pool()
+        found = self._store.read_many([plan.pushed + key for key in entities])
+        state = codec.decode([record or codec.empty for record in found], pool)
+        counts: Array = np.zeros(0, np.bool_)
+        if history is not None and len(rows):
+            batch = history.take(rows)
+            events = events_of(codec.layout, batch, owner, pool)
+            empty = State.empty(codec.layout, len(entities))
+            state = unite(codec.layout, fold(codec.layout, empty, events, self._as_of_us), state)
+            counts = reached(codec.layout, state.newest_us, owner, batch.event_time_us)
+            if problem := beyond(codec.layout, state):
+                raise SourceError(f"{plan.view.source and plan.view.source.path}: {over(plan, problem, batch, owner)}")
+            self._note_ids(batch, counts, owner, entities)
+        load.add([plan.records + key for key in entities], codec.encode(state, pool))
+        return int(counts.sum())
+
+    def _note_ids(self, batch: EventBatch, counts: Mask, owner: Int64s, entities: Sequence[bytes]) -> None:
+        """Note the ids of the events that count."""
+        ids = ids_of(self._plan, batch)
+        if ids:
+            for row in np.flatnonzero(counts).tolist():
+                expiry = expiry_key(self._plan, entities[owner[row]], int(batch.event_time_us[row])) + ids[row]
+                self._ids.append((ids[row], expiry))
+
+    def _not_pushed(self, history: EventBatch) -> Int64s:
+        """Return the events whose id was not pushed."""
+        ids = ids_of(self._plan, history)
+        fresh = np.ones(len(history), np.bool_)
+        for start in range(0, len(ids), LOOKED_UP):
+            found = self._store.read_many([self._plan.ids + id_ for id_ in ids[start : start + LOOKED_UP]])
+            fresh[start : start + len(found)] = [mark != PUSHED for mark in found]
+        return np.flatnonzero(fresh)
+
+
+def _joined(batches: Sequence[EventBatch]) -> EventBatch:
+    if len(batches) == 1:
+        return batches[0]
+    return EventBatch(
+        {name: concat([batch.columns[name] for batch in batches]) for name in batches[0].columns},
+        np.concatenate([batch.event_time_us for batch in batches]),
+        np.concatenate([batch.known_at_us for batch in batches]),
+        np.concatenate([batch.sequence for batch in batches]),
+    )
+
+
+def _numbers(ranks: Array) -> Int64s:
+    """Return ranks as numbers from 0 on without gaps."""
+    return np.unique(ranks, return_inverse=True)[1]
+
+
+def _after(prefix: bytes) -> bytes:
+    """Return the first key behind all that start with ``prefix``."""
+    return (int.from_bytes(prefix, "big") + 1).to_bytes(len(prefix), "big")

@@ -1,0 +1,140 @@
+"""Windows online: whatever is pushed, loaded and restarted in any order, a read says what the naive oracle says."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+
+from featserve.arrow import column_to_arrow
+from featserve.backfill import load_windows
+from featserve.batch import Arrival, EntityKeys
+from featserve.definitions import FeatureService, ParquetSource
+from featserve.engine import Engine
+from featserve.plan import Plans
+from featserve.store import OnlineStore, open_store
+from featserve.types import NEVER_US, Timestamp, Type, column, from_us, to_us
+from tests.random_data import snapshot_of
+from tests.windows_model import Event, answers, make_history
+
+FOREVER_US = 2**61
+HISTORY = ParquetSource("history.parquet", event_time="event_time", known_at="known_at")
+
+
+def columns_of(types: dict[str, Type], events: Sequence[Event]) -> dict[str, Any]:
+    """Return the fields of events as columns."""
+    return {
+        name: column(type_, [from_us(v) if type_ is Timestamp and v is not None else v for v in values])
+        for name, type_ in types.items()
+        for values in [[e.values[name] for e in events]]
+    }
+
+
+class Online(RuleBasedStateMachine):
+    """A store, an engine and a file of history, beside every event that was pushed or is in the newest load."""
+
+    @initialize(seed=st.integers(0, 2**32 - 1))
+    def start(self, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.history = make_history(self.rng, source=HISTORY, later_copies=True)
+        self.view = self.history.view
+        assert self.view.events is not None
+        self.types = self.view.events.types
+        self.folder = tempfile.TemporaryDirectory()
+        self.plans = Plans(snapshot_of([self.view], [FeatureService("windows", [self.view])]))
+        self.store: OnlineStore = open_store(Path(self.folder.name) / "store", "write", block_cache_mb=8)
+        self.clocks = sorted(t for t, _ in self.history.asked)
+        self.now_us = self.clocks.pop(0)
+        self.sent = self.written = 0
+        self.pushed: list[Event] = []
+        self.loaded: list[Event] = []
+
+    @rule(events=st.integers(1, 20), again=st.booleans())
+    def push(self, events: int, again: bool) -> None:
+        """Push the next events; or some that were pushed before, where an id tells."""
+        assert self.view.events is not None
+        come = self.history.events[self.sent : self.sent + events]
+        self.sent += len(come)
+        if again and self.view.events.event_id is not None and self.pushed:
+            come += [self.pushed[i] for i in self.rng.integers(len(self.pushed), size=events)]
+        if not come:
+            return
+        arrival = Arrival(
+            columns_of(self.types, come),
+            np.array([e.event_time_us for e in come]),
+            np.array([e.known_at_us for e in come]),
+            np.array([e.sequence for e in come]),
+        )
+        engine = Engine(self.store, self.plans)
+        done = engine.push(
+            self.plans.events("events"), arrival, now_us=self.now_us, max_future_skew_us=FOREVER_US - self.now_us
+        )
+        assert done.events == len(come) >= done.counted + done.duplicates + done.late
+        self.pushed += come
+
+    @rule(events=st.integers(0, 20))
+    def materialize(self, events: int) -> None:
+        """Load a history that has some more of the events, pushed or not; those not yet visible are left out."""
+        self.written = min(self.written + events, len(self.history.events))
+        come = self.history.events[: self.written]
+        table = {name: column_to_arrow(col) for name, col in columns_of(self.types, come).items()}
+        for name in ("event_time", "known_at"):
+            table[name] = pa.array([getattr(e, f"{name}_us") for e in come], pa.int64()).cast(pa.timestamp("us"))
+        pq.write_table(pa.table(table), Path(self.folder.name) / "history.parquet")
+        done = load_windows(self.store, self.plans.windows(self.view), Path(self.folder.name), self.now_us)
+        assert done.rows_read == len(come)
+        self.loaded = [e for e in come if e.available[0] <= self.now_us]
+
+    @rule()
+    def restart(self) -> None:
+        """Close the store and open it again."""
+        self.store.close()
+        self.store = open_store(Path(self.folder.name) / "store", "write", block_cache_mb=8)
+
+    @rule()
+    def wait(self) -> None:
+        """Let time pass."""
+        if self.clocks:
+            self.now_us = self.clocks.pop(0)
+
+    @rule()
+    def read(self) -> None:
+        """Read every entity, and hold it against the oracle."""
+        keys = list(dict.fromkeys(key for _, key in self.history.asked if None not in key))
+        if not keys:
+            return
+        names = list(self.view.entity.keys)
+        given = {name: [key[i] for key in keys] for i, name in enumerate(names)}
+        matrix = Engine(self.store, self.plans).read(
+            self.plans.service("windows"), EntityKeys.of(given, self.view.entity.keys), self.now_us, event_times=True
+        )
+        got = matrix.to_dict()
+        assert (matrix.view_status == 1).all()
+        assert matrix.event_times is not None
+        for i, key in enumerate(keys):
+            newest, expected = answers(self.view, [*self.pushed, *self.loaded], key, self.now_us)
+            assert matrix.event_times[i, 0] == (NEVER_US if newest is None else newest)
+            for aggregate in self.view.aggregates:
+                value = got[f"windowed.{aggregate.name}"][i]
+                value = to_us(value) if isinstance(value, datetime) else value
+                assert expected[aggregate.name].agrees(value), (key, self.now_us, aggregate, value, expected)
+
+    def teardown(self) -> None:
+        if hasattr(self, "store"):
+            self.store.close()
+            self.folder.cleanup()
+
+
+Online.TestCase.settings = settings(
+    max_examples=15, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+)
+TestOnline = Online.TestCase
