@@ -21,10 +21,11 @@ import sys
 import tempfile
 import time
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from featserve.config import Config
 from featserve.errors import FeatserveError, ServingError, by_reason
@@ -42,6 +43,8 @@ FIRST_DELAY_S = 0.2
 """The second death in a row is followed by a delay, each further one by twice that; the first one by none."""
 KILLED_AFTER_S = 5.0
 """How much longer than its drain a process may take to end."""
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,7 @@ async def _supervise(config: Config, workers: int, ready: Callable[[str], None])
         tempfile.TemporaryDirectory(prefix="featserve-") as folder,
     ):
         config = replace(config, server=replace(config.server, port=port))
-        parent = Parent([Slot(config, Part(number, Path(folder) / "writer"), workers) for number in range(workers + 1)])
+        parent = Parent(config, [Part(number, Path(folder) / "writer") for number in range(workers + 1)])
         loop, stop = asyncio.get_running_loop(), asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
@@ -106,18 +109,20 @@ async def _supervise(config: Config, workers: int, ready: Callable[[str], None])
 class Parent:
     """The processes, the writer's place first."""
 
-    def __init__(self, slots: list[Slot]) -> None:
-        self._slots = slots
+    def __init__(self, config: Config, parts: list[Part]) -> None:
+        self._spares = Spares()
+        self._slots = [Slot(_share(config, part, len(parts)), part, self._spares) for part in parts]
         self._restarting: asyncio.Task[None] | None = None
 
     async def serve(self, ready: Callable[[], None]) -> None:
         """Start all, and start again what dies, until cancelled."""
         writer, *workers = self._slots
-        first, *others = await asyncio.gather(*(slot.load() for slot in self._slots))
+        self._spares.prepare()
+        first, *others = await _together(self._spares.load() for _ in self._slots)
         await writer.start(first)  # makes the store that the others follow
-        await asyncio.gather(*(worker.start(child) for worker, child in zip(workers, others, strict=True)))
+        await _together(worker.start(child) for worker, child in zip(workers, others, strict=True))
         ready()
-        await asyncio.gather(*(slot.keep() for slot in self._slots))
+        await _together(slot.keep() for slot in self._slots)
 
     def reload(self) -> None:
         """Let each process look at the registry at once."""
@@ -149,13 +154,24 @@ class Parent:
         writer, *workers = self._slots
         await asyncio.gather(*(slot.end() for slot in workers))
         await writer.end()
+        await self._spares.end()
+
+
+async def _together(work: Iterable[Coroutine[Any, Any, Answer]]) -> list[Answer]:
+    """Run all at once; return what each returns. The first error ends the others, and is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(each) for each in work]
+    except BaseExceptionGroup as failed:
+        raise failed.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
 class Slot:
     """One place among the processes, and the process that is in it now."""
 
-    def __init__(self, config: Config, part: Part, workers: int) -> None:
-        self._config, self._part = _share(config, part, workers), part
+    def __init__(self, config: Config, part: Part, spares: Spares) -> None:
+        self._config, self._part, self._spares = config, part, spares
         self._limit_s = config.server.drain_seconds + KILLED_AFTER_S
         self._changing = asyncio.Lock()
         self._child: Child | None = None
@@ -163,9 +179,10 @@ class Slot:
 
     async def start(self, child: Child) -> None:
         """Tell a process that it is the one in this place, and wait until it serves."""
+        self._all = [c for c in self._all if c.process.returncode is None] + [child]
         assert child.process.stdin is not None
         child.process.stdin.write(pickle.dumps((self._config, self._part)))
-        await self._said(child)
+        await child.said(str(self._part))
         child.serves_s = time.monotonic()
         self._child = child
 
@@ -181,21 +198,24 @@ class Slot:
                     continue
                 deaths = 1 if time.monotonic() > child.serves_s + STEADY_S else deaths + 1
                 log.error("%s died", self._part, extra={"exit_code": code, "times": deaths})
-                while True:
-                    if deaths >= MOST_DEATHS:
-                        raise ServingError(f"{self._part} died {deaths} times in a row; its own messages say why")
-                    await asyncio.sleep(FIRST_DELAY_S * 2 ** (deaths - 2) if deaths > 1 else 0)
-                    try:
-                        await self.start(await self.load())
-                        break
-                    except FeatserveError as error:
-                        deaths += 1
-                        log.error("%s does not start: %s", self._part, error, extra={"times": deaths})
+                deaths = await self._start_again(deaths)
+
+    async def _start_again(self, deaths: int) -> int:
+        """Start another process after so many have died in a row; return how many have by then."""
+        while deaths < MOST_DEATHS:
+            await asyncio.sleep(FIRST_DELAY_S * 2 ** (deaths - 2) if deaths > 1 else 0)
+            try:
+                await self.start(await self._spares.take())
+                return deaths
+            except FeatserveError as error:
+                deaths += 1
+                log.error("%s does not start: %s", self._part, error, extra={"times": deaths})
+        raise ServingError(f"{self._part} died {deaths} times in a row; its own messages say why")
 
     async def replace(self) -> None:
         """Put a new process in the place of the one that is there. Only one can write, so that one goes first."""
         async with self._changing:
-            old, new = self._child, await self.load()
+            old, new = self._child, await self._spares.take()
             assert old is not None
             if self._part.writes:
                 await self._end(old)
@@ -213,35 +233,6 @@ class Slot:
         """End every process that was started for this place."""
         await asyncio.gather(*(self._end(child) for child in self._all))
 
-    async def load(self) -> Child:
-        """Start a process for this place; it has loaded its modules, and waits to be told what it is."""
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(PACKAGES), os.environ.get("PYTHONPATH", "")])}
-        process = await asyncio.create_subprocess_exec(
-            # Whatever lies in the current folder is no module of ours, and Ctrl-C in a terminal is for the parent.
-            sys.executable, "-P", "-m", MODULE, stdin=PIPE, stdout=PIPE, env=environment, process_group=0
-        )  # fmt: skip
-        child = Child(process)
-        self._all = [c for c in self._all if c.process.returncode is None] + [child]
-        await self._said(child)
-        return child
-
-    async def _said(self, child: Child) -> None:
-        """Wait for a process to have done its next step. Raises the error that it tells of."""
-        assert child.process.stdout is not None
-        try:
-            async with asyncio.timeout(STARTING_S):
-                line = await child.process.stdout.readline()
-        except TimeoutError:
-            child.send(signal.SIGKILL)
-            line = b""
-        said = json.loads(line or b"{}")
-        if "reason" in said:
-            await child.process.wait()
-            raise (by_reason(said["reason"]) or ServingError)(said["message"])
-        if not line:
-            code = await child.process.wait()
-            raise ServingError(f"{self._part} ended with exit code {code} before it served; its own messages say why")
-
     async def _end(self, child: Child) -> None:
         """Drain a process; kill it if it takes too long."""
         child.send(signal.SIGTERM)
@@ -250,6 +241,50 @@ class Slot:
                 await child.process.wait()
         except TimeoutError:
             log.error("%s did not end, and is killed", self._part)
+            child.send(signal.SIGKILL)
+            await child.process.wait()
+
+
+class Spares:
+    """Processes that have loaded their modules and wait to be told what they are: one is kept for whichever dies next.
+
+    Loading takes a second or more, in which there would be no writer.
+    """
+
+    def __init__(self) -> None:
+        self._all: list[Child] = []
+        self._next: asyncio.Task[Child] | None = None
+
+    def prepare(self) -> None:
+        """Begin to load the next one."""
+        self._next = asyncio.create_task(self.load())
+
+    async def take(self) -> Child:
+        """Return a process, and begin to load the next one. Raises ServingError where it does not load."""
+        task = self._next
+        assert task is not None
+        self.prepare()
+        child = await task
+        return child if child.process.returncode is None else await self.load()
+
+    async def load(self) -> Child:
+        """Start a process, and wait until it has loaded its modules."""
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(PACKAGES), os.environ.get("PYTHONPATH", "")])}
+        process = await asyncio.create_subprocess_exec(
+            # Whatever lies in the current folder is no module of ours, and Ctrl-C in a terminal is for the parent.
+            sys.executable, "-P", "-m", MODULE, stdin=PIPE, stdout=PIPE, env=environment, process_group=0
+        )  # fmt: skip
+        child = Child(process)
+        self._all = [c for c in self._all if c.process.returncode is None] + [child]
+        await child.said("a new process")
+        return child
+
+    async def end(self) -> None:
+        """End those that nobody took."""
+        if self._next is not None:
+            self._next.cancel()
+            await asyncio.wait((self._next,))
+        for child in self._all:
             child.send(signal.SIGKILL)
             await child.process.wait()
 
@@ -266,14 +301,31 @@ class Child:
         with suppress(ProcessLookupError):
             self.process.send_signal(number)
 
+    async def said(self, name: str) -> None:
+        """Wait for it to have done its next step. Raises the error that it tells of."""
+        assert self.process.stdout is not None
+        try:
+            async with asyncio.timeout(STARTING_S):
+                line = await self.process.stdout.readline()
+        except TimeoutError:
+            self.send(signal.SIGKILL)
+            line = b""
+        said = json.loads(line or b"{}")
+        if "reason" in said:
+            await self.process.wait()
+            raise (by_reason(said["reason"]) or ServingError)(said["message"])
+        if not line:
+            code = await self.process.wait()
+            raise ServingError(f"{name} ended with exit code {code} before it served; its own messages say why")
 
-def _share(config: Config, part: Part, workers: int) -> Config:
+
+def _share(config: Config, part: Part, processes: int) -> Config:
     """Return the settings of one process: its share of the caches, and a port of its own for metrics."""
     store, metrics = config.store, config.telemetry.prometheus_port
     store = replace(
         store,
-        block_cache_mb=max(store.block_cache_mb // (workers + 1), 1),
-        row_cache_mb=store.row_cache_mb and max(store.row_cache_mb // (workers + 1), 1),
+        block_cache_mb=max(store.block_cache_mb // processes, 1),
+        row_cache_mb=store.row_cache_mb and max(store.row_cache_mb // processes, 1),
     )
     if metrics:
         metrics += part.number
