@@ -74,7 +74,9 @@ class Aggregator:
 
 
 def _is_number(type: Type | None) -> bool:
-    return type is not None and type.dtype is not None and type.dtype.kind in "if" and type is not Timestamp
+    if type is None or type.dtype is None or type.vector:
+        return False
+    return type.dtype.kind in "if" and type is not Timestamp
 
 
 def _adding(partials: Partials, starts: Array) -> Partials:

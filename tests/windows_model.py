@@ -87,7 +87,7 @@ def answers(
             seen.append(event)
     earliest = min(start_us(a.over, time_us) for a in view.aggregates)
     newest = max((e.event_time_us for e in seen if e.event_time_us >= earliest), default=None)
-    return newest, {a.name: _answer(a, seen, time_us) for a in view.aggregates}
+    return newest, {a.name: aggregated(a, seen, time_us) for a in view.aggregates}
 
 
 def distinct(source: EventSource, events: Iterable[Event]) -> list[Event]:
@@ -138,7 +138,7 @@ def _day_start_us(year: int, month: int, day: int, zone: ZoneInfo) -> int:
     return high
 
 
-def _answer(aggregate: Aggregate, seen: Iterable[Event], time_us: int) -> Answer:
+def aggregated(aggregate: Aggregate, seen: Iterable[Event], time_us: int) -> Answer:
     start = start_us(aggregate.over, time_us)
     events = [e for e in seen if start <= e.event_time_us <= time_us]
     if aggregate.where is not None:
