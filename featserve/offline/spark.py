@@ -11,6 +11,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ class SparkEngine:
         for name, value in SESSION.items():
             session.conf.set(name, value)
         last_us = int(labels.column("_time").to_numpy().max(initial=-(2**63)))
-        session.createDataFrame(labels).createOrReplaceTempView("labels")
+        _frame(session, labels).createOrReplaceTempView("labels")
         for scan in scans:
             try:
                 found = _find(session, scan, last_us, progress)
@@ -96,10 +97,8 @@ class SparkEngine:
         given = given.rename_columns([f"column{i}" for i in range(len(given.column_names))])
         types = pa.schema([*zip(numbers, schema.types, strict=True), (ROW, pa.int64())])
         try:
-            with warnings.catch_warnings():
-                # Of a pandas that it does not know yet, and that nothing here uses.
-                warnings.filterwarnings("ignore", "PySpark does not yet fully support pandas", FutureWarning)
-                mapped = session.createDataFrame(given).mapInArrow(each, from_arrow_schema(types))
+            with _pandas_unmentioned():
+                mapped = _frame(session, given).mapInArrow(each, from_arrow_schema(types))
             answer = mapped.toArrow().sort_by(ROW)
         except PySparkException as error:
             raise _raised(error) from None
@@ -108,6 +107,19 @@ class SparkEngine:
     def close(self) -> None:
         if self._owned:
             self._session.stop()
+
+
+def _frame(session: SparkSession, table: Any) -> DataFrame:
+    with _pandas_unmentioned():
+        return session.createDataFrame(table)
+
+
+@contextmanager
+def _pandas_unmentioned() -> Iterator[None]:
+    """Keep Spark from warning of a pandas that it does not know yet: nothing here uses any."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "PySpark does not yet fully support pandas", FutureWarning)
+        yield
 
 
 def _raised(error: PySparkException) -> TransformError:
@@ -130,7 +142,8 @@ def _local_session(memory_limit: str | None) -> SparkSession:
     for name, value in LOCAL.items():
         builder = builder.config(name, value)
     try:
-        session = builder.getOrCreate()
+        with _pandas_unmentioned():
+            session = builder.getOrCreate()
     except PySparkException as error:
         raise DefinitionError(
             f"offline engine 'spark': Spark does not start; it needs Java 17 or newer: {error}"
