@@ -89,9 +89,12 @@ def test_a_constraint_that_is_kept_is_no_reason_to_copy(tmp_path: Path) -> None:
 
 
 def refusal_of_load(view: FeatureView, root: Path) -> str | None:
+    """Return what a load says of the source, None where it loads it; see that it stored nothing that it refused."""
+    store = MemoryStore()
     try:
-        load(MemoryStore(), compile_view(view), root, LAST)
+        load(store, compile_view(view), root, LAST)
     except SourceError as error:
+        assert store.count() == 0
         return str(error)
     return None
 
