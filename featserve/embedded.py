@@ -5,6 +5,7 @@ Comes in: a project's folder. Knows no transport.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time as clock
 from collections.abc import Iterator
@@ -18,10 +19,10 @@ from typing import Any, Self
 import pyarrow
 
 from featserve.backfill import load_windows
-from featserve.batch import Pushed, Written
+from featserve.batch import Arrival, Pushed, Written
 from featserve.config import Config, load_config
 from featserve.engine import Engine
-from featserve.errors import StoreError, invalid
+from featserve.errors import FeatserveError, StoreError, invalid
 from featserve.frames import Frame, request_of, rows_of
 from featserve.leakage import LeakageReport, leakage
 from featserve.materialize import Loaded, Progress, load
@@ -34,18 +35,24 @@ from featserve.registry import Load, Registry
 from featserve.schema import ServiceSchema
 from featserve.stages import Stages
 from featserve.store import Access, open_store
+from featserve.store.follow import Behind, Follower
 from featserve.training import training_frame
 from featserve.types import to_us
 
+log = logging.getLogger("featserve")
 
-def open(path: str | PathLike[str], *, write: bool = False) -> Embedded:
+
+def open(path: str | PathLike[str], *, write: bool = False, follow: bool = False) -> Embedded:
     """Open the project in folder ``path`` in this process.
 
     ``write``: also write and materialize; only one process may, and a running server is one. Without it any number of
     processes read, each what was there when it first asked; the store is opened then, so training frames and schemas
-    need none. Raises DefinitionError, RegistryError or StoreError.
+    need none. ``follow``: also what a server or another process on this machine writes from then on, a few milliseconds
+    after it, and what is applied. Raises DefinitionError, RegistryError or StoreError.
     """
-    return Embedded(load_config(Path(path)), "write" if write else "read")
+    if write and follow:
+        raise invalid("follow", "a project that is open to write has nobody to follow; leave out write or follow")
+    return Embedded(load_config(Path(path)), "write" if write else "follow" if follow else "read")
 
 
 class Embedded:
@@ -57,21 +64,24 @@ class Embedded:
         self.registry = Registry.open(config.registry.url, create=False)
         self._engine: Engine | None = None
         self._opening = threading.Lock()
-        self._closed = False
+        self._closed = threading.Event()
         try:
             self.plans = Plans(self.registry.snapshot())
-            if access == "write":
+            if access != "read":
                 self._engine = self._open_engine()
         except BaseException:
             self.registry.close()
             raise
+        self._watcher = threading.Thread(target=self._watch, name="featserve-registry", daemon=True)
+        if access == "follow":
+            self._watcher.start()
 
     @property
     def engine(self) -> Engine:
-        """The store with what is applied; to read, it is opened when this is first used."""
+        """The store with what is applied; only to read, it is opened when this is first used."""
         if self._engine is None:
             with self._opening:
-                if self._closed:
+                if self._closed.is_set():
                     raise StoreError("the project is closed")
                 self._engine = self._engine or self._open_engine()
         return self._engine
@@ -85,7 +95,8 @@ class Embedded:
             block_cache_mb=settings.block_cache_mb,
             row_cache_mb=settings.row_cache_mb,
         )
-        return Engine(store, self.plans)
+        follower = Follower(store, settings.catch_up_ms / 1_000) if self._access == "follow" else None
+        return Engine(store, self.plans, follower)
 
     def get(
         self,
@@ -95,6 +106,7 @@ class Embedded:
         request: Frame | None = None,
         as_of: datetime | None = None,
         event_times: bool = False,
+        at_least: str = "",
         stages: Stages | None = None,
     ) -> FeatureMatrix:
         """Return the features of ``service`` for a batch of entities, one row for each; see ``Client.get``."""
@@ -105,6 +117,8 @@ class Embedded:
         if stages is not None:
             stages.begin("keys")
         checked, columns = request_of(keys, request, plan.schema)
+        if at_least:
+            self._hold(at_least)
         matrix = self.engine.read(
             plan,
             checked,
@@ -117,6 +131,13 @@ class Embedded:
         if stages is not None:
             stages.end()
         return matrix
+
+    def _hold(self, token: str) -> None:
+        """Return once the store holds a write; for that a request may take the server's default deadline."""
+        try:
+            self.engine.require(token, self.config.server.default_deadline_ms / 1_000)
+        except Behind as behind:
+            behind.caught_up.result()
 
     def describe(self, service: str) -> ServiceSchema:
         """Return the schema of a service."""
@@ -132,11 +153,13 @@ class Embedded:
 
     def push(self, source: str, events: Frame, *, event_time: Any, known_at: Any | None = None) -> Pushed:
         """Count events in the windows of every view over their source, all or none; see ``Client.push``."""
+        return self.take(source, rows_of(events, self.plans.events(source).source.types, event_time, known_at))
+
+    def take(self, source: str, events: Arrival) -> Pushed:
+        """Push events that are columns already; see ``push``."""
         self._check_writable()
-        plan = self.plans.events(source)
         skew_us = int(self.config.server.max_future_skew_seconds * 1_000_000)
-        arrival = rows_of(events, plan.source.types, event_time, known_at)
-        return self.engine.push(plan, arrival, now_us=clock_us(), max_future_skew_us=skew_us)
+        return self.engine.push(self.plans.events(source), events, now_us=clock_us(), max_future_skew_us=skew_us)
 
     def materialize(self, view: str, *, as_of: datetime | None = None, progress: Progress | None = None) -> Loaded:
         """Load a view's batch source into the store, as of an instant (now by default), and record it.
@@ -225,6 +248,16 @@ class Embedded:
             if self._engine is not None:
                 self._engine.plans = self.plans
 
+    def _watch(self) -> None:
+        """Take what is applied, as a server does, until the project is closed."""
+        while not self._closed.wait(self.config.server.registry_poll_seconds):
+            try:
+                if self.registry.revision() != self.plans.snapshot.revision:
+                    self.refresh()
+            except Exception as error:  # the top of a background loop
+                trace = None if isinstance(error, FeatserveError) else error
+                log.error("cannot follow the registry, still using the old definitions: %s", error, exc_info=trace)
+
     def _check_writable(self) -> None:
         if self._access != "write":
             raise StoreError("the project is open for reading; open it with featserve.open(path, write=True)")
@@ -232,8 +265,12 @@ class Embedded:
     def close(self) -> None:
         """Close the store and the registry."""
         with self._opening:
-            self._closed = True
+            self._closed.set()
+        if self._watcher.is_alive():
+            self._watcher.join()
         if self._engine is not None:
+            if self._engine.follower is not None:
+                self._engine.follower.close()
             self._engine.store.close()
         self.registry.close()
 

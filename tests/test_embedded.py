@@ -15,7 +15,15 @@ import pytest
 
 import featserve
 from featserve.batch import Arrival
-from featserve.errors import FeatserveError, InvalidRequest, RegistryError, StoreError, StoreLocked, UnknownName
+from featserve.errors import (
+    DeadlineExceeded,
+    FeatserveError,
+    InvalidRequest,
+    RegistryError,
+    StoreError,
+    StoreLocked,
+    UnknownName,
+)
 from featserve.registry import Registry
 from featserve.types import Array
 from featserve.wire import encode_rows
@@ -285,3 +293,48 @@ def test_refresh_takes_what_was_applied(tmp_path: Path) -> None:
         assert embedded.get("late", {"country": ["x"], "zip": ["1"]}).view_status.tolist() == [[NOT_FOUND]]
     with pytest.raises(StoreError, match="closed"):
         embedded.get("late", {"country": ["x"], "zip": ["1"]})
+
+
+def test_following_a_server(following: Server) -> None:
+    """A project that follows reads what a server has acknowledged, by its token at once, and takes what is applied."""
+    keys = {"user_id": [1], "country": ["followed"], "zip": ["1"]}
+    with following.client() as client, featserve.open(following.project.folder, follow=True) as embedded:
+
+        def temperature() -> Any:
+            return embedded.get("compact", keys).column("weather.temp").to_list()[0]
+
+        for i in range(50):
+            rows = {"country": ["followed"], "zip": ["1"], "temp": [float(i)], "wind": [0.0]}
+            token = client.write("weather", rows, event_time=NOW - timedelta(seconds=60 - i)).token
+            as_of = embedded.get("compact", keys, at_least=token)
+            assert as_of.column("weather.temp").to_list() == [float(i)]
+        client.write("weather", rows | {"temp": [99.0]}, event_time=NOW)
+        until("it is followed", lambda: temperature() == 99)
+        with pytest.raises(InvalidRequest, match="is no token"):
+            embedded.get("compact", keys, at_least="nonsense")
+        with pytest.raises(StoreError, match=r"open it with featserve.open\(path, write=True"):
+            embedded.write("weather", rows, event_time=NOW)
+        following.apply(f'followed = FeatureService("followed{time.monotonic_ns()}", [weather])')
+        name = max(client.list_services(), key=lambda service: service.name.startswith("followed")).name
+        until("it is applied", lambda: name in {s.name for s in embedded.plans.snapshot.services.values()})
+    with pytest.raises(StoreError, match="closed"):
+        temperature()
+
+
+def test_a_write_that_does_not_come(tmp_path: Path) -> None:
+    """Who follows waits for a write until the deadline, and who writes knows at once that there is no such write."""
+    project = Project.make(tmp_path, default_deadline_ms=200)
+    rows = {"country": ["x"], "zip": ["1"], "temp": [1.0], "wind": [0.0]}
+    keys = {"user_id": [1], "country": ["x"], "zip": ["1"]}
+    with featserve.open(project.folder, write=True) as writer:
+        token = writer.write("weather", rows, event_time=NOW).token
+        with featserve.open(project.folder, follow=True) as embedded:
+            assert embedded.get("compact", keys, at_least=token).column("weather.temp").to_list() == [1.0]
+            assert writer.get("compact", keys, at_least=token).column("weather.temp").to_list() == [1.0]
+            never = f"{token}0"
+            with pytest.raises(DeadlineExceeded, match=r"write 10 was asked for; the store here holds 1"):
+                embedded.get("compact", keys, at_least=never)
+            with pytest.raises(InvalidRequest, match="write 10 is not in the store here, which holds 1"):
+                writer.get("compact", keys, at_least=never)
+    with pytest.raises(InvalidRequest, match="nobody to follow"):
+        featserve.open(project.folder, write=True, follow=True)
