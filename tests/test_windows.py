@@ -39,6 +39,7 @@ MIDNIGHTS = {
     ("America/Havana", date(2024, 11, 3)): "2024-11-03T04:00Z",  # the first of two midnights
     ("Pacific/Apia", date(2011, 12, 31)): "2011-12-30T10:00Z",
     ("America/New_York", date(2024, 3, 10)): "2024-03-10T05:00Z",
+    ("America/St_Johns", date(2009, 11, 1)): "2009-11-01T02:30Z",  # a minute later it is 23:01 once more
 }
 
 

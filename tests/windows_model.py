@@ -10,8 +10,9 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from fractions import Fraction
+from functools import cache
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -111,6 +112,8 @@ def start_us(window: Window, time_us: int) -> int:
     assert instant is not None
     zone = ZoneInfo(window.zone)
     day = instant.astimezone(zone).date()
+    if _day_start_us(day + timedelta(days=1), zone) <= time_us:
+        day += timedelta(days=1)  # the clock was set back past midnight: the day that had begun goes on
     if window.unit == "day":
         day -= timedelta(days=window.n - 1)
     elif window.unit == "week":
@@ -118,24 +121,25 @@ def start_us(window: Window, time_us: int) -> int:
     else:
         months = day.year * 12 + day.month - 1 - (window.n - 1)
         day = day.replace(year=months // 12, month=months % 12 + 1, day=1)
-    return _day_start_us(day.year, day.month, day.day, zone)
+    return _day_start_us(day, zone)
 
 
-def _day_start_us(year: int, month: int, day: int, zone: ZoneInfo) -> int:
+@cache
+def _day_start_us(day: date, zone: ZoneInfo) -> int:
     """Return the first microsecond whose local date is the day or a later one: found by halving two days."""
-    wanted = (year, month, day)
-    low = to_us(datetime(*wanted, tzinfo=UTC)) - 30 * HOUR_US  # earlier in every zone
+
+    def begun(time_us: int) -> bool:
+        instant = from_us(time_us)
+        assert instant is not None
+        return instant.astimezone(zone).date() >= day
+
+    low = to_us(datetime(day.year, day.month, day.day, tzinfo=UTC)) - 30 * HOUR_US  # earlier in every zone
     high = low + 60 * HOUR_US  # not earlier in any
     while high - low > 1:
         middle = (low + high) // 2
-        instant = from_us(middle)
-        assert instant is not None
-        local = instant.astimezone(zone)
-        if (local.year, local.month, local.day) < wanted:
-            low = middle
-        else:
-            high = middle
-    return high
+        low, high = (low, middle) if begun(middle) else (middle, high)
+    earlier = (high - minutes * 60_000_000 for minutes in range(180, 0, -1))  # where midnight came twice
+    return next(filter(begun, earlier), high)
 
 
 def aggregated(aggregate: Aggregate, seen: Iterable[Event], time_us: int) -> Answer:
