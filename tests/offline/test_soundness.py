@@ -94,7 +94,7 @@ def refusal_of_load(view: FeatureView, root: Path) -> str | None:
     try:
         load(store, compile_view(view), root, LAST)
     except SourceError as error:
-        assert store.count() == 0
+        assert store.count(b"") == 0
         return str(error)
     return None
 
