@@ -13,6 +13,7 @@ from typing import Any
 
 from bench import (
     bulk_load,
+    freshness,
     grid,
     in_process,
     memory,
@@ -70,6 +71,7 @@ BENCHES: dict[str, tuple[str, Callable[[Path], list[Figure]]]] = {
     "server": ("Server: 50 float64 features, 1 million entities, 8 connections", server.measure),
     "native": ("pygrpc-native: 50 float64 features, hot rows, 8 connections", native.measure),
     "telemetry": ("Traces and metrics: requests per second beside none of them", telemetry.measure),
+    "freshness": ("Freshness: from a write's acknowledgement to its being read elsewhere", freshness.measure),
     "in_process": ("In process: the same view, no server", in_process.measure),
     "memory": ("Memory of a server", memory.measure),
     "grid": ("Rows x features, from a warm and a cold cache, by the load test at 8 connections", grid.measure),
