@@ -44,8 +44,8 @@ def read(
     """Return the features of ``plan`` for ``keys`` at the instant ``now_us``, with one read of the store.
 
     ``request_columns``: checked, as the plan's schema says. ``as_of``: the caller asked for that very instant.
-    ``event_times``: also return them. ``stages``: note in them what the time is spent on. Raises CorruptRow, StoreError,
-    TransformError, or InvalidRequest where a view over events no longer knows the instant.
+    ``event_times``: also return them. ``stages``: note in them what the time is spent on. Raises CorruptRow,
+    StoreError, TransformError, or InvalidRequest where a view over events no longer knows the instant.
     """
     check_key_sizes(keys.columns)
     wanted = _encode(plan, keys)

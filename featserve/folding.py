@@ -13,7 +13,7 @@ import numpy as np
 from featserve.aggregates import Order
 from featserve.batch import Int64s
 from featserve.series import MAX_WAITING, Events, Layout, Measure, Run, Series, State
-from featserve.types import NEVER_US, Array, Mask
+from featserve.types import Array, Mask
 from featserve.windows import first_periods, periods
 
 Columns = Sequence[Array]

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -54,6 +55,13 @@ class _Parsed:
     @property
     def counts(self) -> Int64s:
         return self.header[:, COUNTS:]
+
+
+class _Structs(NamedTuple):
+    """The first struct of one cut in each of n records, shape (n, words), and how many are there from it on."""
+
+    words: Int64s
+    held: Int64s
 
 
 class RecordCodec:
@@ -101,8 +109,12 @@ class RecordCodec:
                 return self.read(settled, now_us)
         firsts, earliest = self._firsts(now_us, instants)
         at, held = self._bisected(parsed, firsts)
+        structs = [
+            _Structs(parsed.words.take(at[:, i, None] + np.arange(width), mode="clip"), held[:, i])
+            for i, width in enumerate(self._cut_widths.tolist())
+        ]
         columns = {
-            f.name: self._feature(parsed, place, at[:, place.cut], held[:, place.cut], f.type)
+            f.name: self._feature(parsed, place, structs[place.cut], f.type)
             for f, place in zip(self.rows.features, self.layout.places, strict=True)
         }
         newest = parsed.header[:, NEWEST]
@@ -139,26 +151,29 @@ class RecordCodec:
 
     def _bisected(self, parsed: _Parsed, firsts: Int64s) -> tuple[Int64s, Int64s]:
         """Return where the struct of the first bucket of each cut is, and how many are there from it on: (n, cuts)."""
-        high = counts = parsed.counts[:, self._cut_series]
-        start, width = parsed.structs[:, self._cut_series], self._cut_widths
-        low = np.zeros_like(high)
-        for _ in range(int(counts.max()).bit_length()):
-            middle = (low + high) >> 1
-            before = (parsed.words.take(start + middle * width, mode="clip") < firsts) & (middle < high)
-            low, high = np.where(before, middle + 1, low), np.where(before, high, middle)
-        return start + low * width, counts - low
+        counts, width = parsed.counts[:, self._cut_series], self._cut_widths
+        at = parsed.structs[:, self._cut_series]
+        end = at + counts * width
+        last = len(parsed.words) - 1
+        for power in range(int(counts.max()).bit_length() - 1, -1, -1):
+            # All structs up to the one that this many further on is the last of, if that is there and before the first.
+            step = width << power
+            looked = at + (step - width)
+            before = parsed.words[np.minimum(looked, last)] < firsts
+            before &= looked < end
+            at = at + before * step
+        return at, (end - at) // width
 
-    def _feature(self, parsed: _Parsed, place: Place, at: Int64s, held: Int64s, type: Type) -> Column:
-        """Return one feature from the structs at ``at``."""
+    def _feature(self, parsed: _Parsed, place: Place, structs: _Structs, type: Type) -> Column:
+        """Return one feature from the structs of its cut."""
         if place.count is None:
-            return Column(type, held)
-        words = parsed.words
-        count = np.where(held > 0, words.take(at + 1 + place.count, mode="clip"), 0)
+            return Column(type, structs.held)
+        count = structs.words[:, 1 + place.count] * (structs.held > 0)
         if place.measure is None:
             return Column(type, count)
         measure, valid = place.measure, count > 0
         parts = [
-            _from_words(words.take(at + 1 + measure.parts.start + i, mode="clip"), dtype)
+            _from_words(structs.words[:, 1 + measure.parts.start + i], dtype)
             for i, dtype in enumerate(measure.aggregator.dtypes)
         ]
         if measure.coded:

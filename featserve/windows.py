@@ -63,15 +63,21 @@ def first_periods(window: Window, time_us: Int64s) -> Int64s:
 def first_period(window: Window, time_us: int) -> tuple[int, int]:
     """Return what ``first_periods`` and ``starts`` say of one instant, in a fraction of their time."""
     if isinstance(window, Rolling):
-        start_us = max(time_us - window.duration_us + 1, FIRST_US)
+        start_us = max(time_us - _lengths_us(window)[0] + 1, FIRST_US)
         return start_us, start_us
     if isinstance(window, Hopping):
-        number = (time_us - window.duration_us) // window.hop_us
-        return number, max(number * window.hop_us, FIRST_US)
+        duration_us, hop_us = _lengths_us(window)
+        number = (time_us - duration_us) // hop_us
+        return number, max(number * hop_us, FIRST_US)
     time_us = min(max(time_us, LEAST_US), MOST_US)
     first, begins = _periods_near(window, time_us // DAY_US)
     number = first + bisect_right(begins, time_us) - window.n + 1
     return number, period_start_us(window, number)
+
+
+@lru_cache(maxsize=4_096)
+def _lengths_us(window: Rolling | Hopping) -> tuple[int, int]:
+    return window.duration_us, window.hop_us if isinstance(window, Hopping) else 1
 
 
 @lru_cache(maxsize=4_096)

@@ -22,7 +22,7 @@ from featserve.definitions import FeatureService, ParquetSource
 from featserve.engine import Engine
 from featserve.plan import Plans
 from featserve.store import OnlineStore, open_store
-from featserve.types import NEVER_US, Timestamp, Type, column, from_us, to_us
+from featserve.types import NEVER_US, Float64, Timestamp, Type, column, from_us, to_us
 from tests.random_data import snapshot_of
 from tests.windows_model import Event, answers, make_history
 
@@ -50,7 +50,7 @@ class Online(RuleBasedStateMachine):
         assert self.view.events is not None
         self.types = self.view.events.types
         self.folder = tempfile.TemporaryDirectory()
-        self.plans = Plans(snapshot_of([self.view], [FeatureService("windows", [self.view])]))
+        self.plans = Plans(snapshot_of([self.view], [FeatureService("windows", [self.view], dtype=Float64)]))
         self.store: OnlineStore = open_store(Path(self.folder.name) / "store", "write", block_cache_mb=8)
         self.clocks = sorted(t for t, _ in self.history.asked)
         self.now_us = self.clocks.pop(0)

@@ -18,6 +18,7 @@ VERBS = {
     "plan": ("verbs", "plan", "Show what apply would change."),
     "apply": ("verbs", "apply", "Publish the project's definitions."),
     "materialize": ("verbs", "materialize", "Load views from their sources into the store."),
+    "push": ("verbs", "push", "Count the events of a file in the windows of views."),
     "serve": ("verbs", "serve", "Serve the features until Ctrl-C or SIGTERM."),
     "get": ("verbs", "get", "Get features, and why each is what it is."),
     "describe": ("verbs", "describe", "Describe a service, view or entity."),

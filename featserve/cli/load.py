@@ -1,4 +1,6 @@
-"""``featserve materialize``: views from their sources into the store, here or through a running server.
+"""``featserve materialize`` and ``push``: views from their sources, and files of events, into the store.
+
+Here, or through a running server.
 
 Comes in: a project, the names of views, an instant. Each view is on its own: one whose source is at fault does not
 keep the others from loading, and Ctrl-C ends the one at hand between two batches.
@@ -10,8 +12,9 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -19,15 +22,16 @@ import numpy as np
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from featserve.batch import Arrival, EventBatch
+from featserve.batch import Arrival, EventBatch, Pushed
 from featserve.catalog import Snapshot
 from featserve.cli.show import STDERR, note, show, show_error, table
 from featserve.client import Client, connect
 from featserve.config import Config
-from featserve.definitions import FeatureView
+from featserve.definitions import CsvSource, FeatureView, ParquetSource
 from featserve.embedded import Embedded, clock_us, instant_us
 from featserve.errors import CallerError, FeatserveError, SourceError
 from featserve.materialize import Loaded, visible_batches
+from featserve.plan import Plans
 from featserve.registry import Load, Registry
 from featserve.sources import source_files
 from featserve.types import from_us
@@ -157,6 +161,46 @@ def portions(batch: EventBatch, limit_rows: int, limit_bytes: int) -> Iterator[A
         part = batch.take(np.arange(start, stop))
         yield Arrival(part.columns, part.event_time_us, part.known_at_us, part.sequence)
         start = stop
+
+
+def push(config: Config, reference: str, path: Path, event_time: str, known_at: str | None, target: str | None) -> int:
+    """Push the events of a Parquet or CSV file, print what became of them, and return the exit code."""
+    made = CsvSource if path.name.endswith((".csv", ".csv.gz")) else ParquetSource
+    source = made(str(path.resolve()), event_time=event_time, known_at=known_at)
+    limit_rows = min(MESSAGE_ROWS, config.server.max_rows)
+    limit_bytes = min(MESSAGE_BYTES, (config.server.max_message_mb << 20) // 4)
+    totals = {"events": 0, "counted": 0, "duplicates": 0, "late": 0}
+    with ExitStack() as stack:
+        if target is None:
+            project = stack.enter_context(Embedded(config, "write"))
+            plan, send = project.plans.events(reference), partial(project.take, reference)
+        else:
+            registry = stack.enter_context(Registry.open(config.registry.url, create=False))
+            plan = Plans(registry.snapshot()).events(reference)
+            client = stack.enter_context(connect(target))
+            send = partial(_push_message, client, plan.source.id)
+        bar, check = stack.enter_context(_progress()), stack.enter_context(_interruptible())
+        note = _noted(bar, bar.add_task(plan.source.id, total=1.0, rows=0), check)
+        try:
+            # Whether a time is too far ahead, the push says.
+            for _, batch in visible_batches(replace(plan.source.rows, source=source), config.folder, 2**63 - 1, note):
+                for portion in portions(batch, limit_rows, limit_bytes):
+                    done = asdict(send(portion))
+                    totals = {name: count + done[name] for name, count in totals.items()}
+                    check()
+            interrupted = False
+        except Interrupted:
+            interrupted = True
+    shown = table(*totals, right=[*totals])
+    shown.add_row(*(f"{count:,}" for count in totals.values()))
+    show(shown)
+    if interrupted:
+        show("Interrupted. These events stay pushed; those that have an id may be pushed again.")
+    return 130 if interrupted else 0
+
+
+def _push_message(client: Client, source: str, events: Arrival) -> Pushed:
+    return client.push_messages([encode_push(source, events)])
 
 
 def _load_all(views: list[FeatureView], load_view: LoadView, *, remote: bool) -> int:

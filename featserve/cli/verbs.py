@@ -31,6 +31,7 @@ from featserve.cli.inventory import (
     show_services,
 )
 from featserve.cli.load import materialize as load_views
+from featserve.cli.load import push as push_file
 from featserve.cli.show import (
     columns_of,
     counted,
@@ -209,6 +210,30 @@ def materialize(ctx: click.Context, views: tuple[str, ...], folder: Path, as_of:
       featserve materialize --to 127.0.0.1:7070
     """
     ctx.exit(load_views(settings(folder), views, as_of, target))
+
+
+@click.command()
+@click.argument("source")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@project
+@click.option("--event-time", default="event_time", metavar="COLUMN", show_default=True, help="When an event happened.")
+@click.option("--known-at", metavar="COLUMN", help="When it became known; by default when it happened.")
+@click.option("--to", "target", type=address, metavar="HOST:PORT", help="Send the events to this running server.")
+@click.pass_context
+def push(
+    ctx: click.Context, source: str, file: Path, folder: Path, event_time: str, known_at: str | None, target: str | None
+) -> None:
+    """Count the events of a Parquet or CSV file in the windows of every view over SOURCE.
+
+    SOURCE is an event source, name (its highest version) or name@version; FILE has its fields as columns. Events with
+    an id count once, so a file may be pushed again.
+
+    \b
+    Examples:
+      featserve push clicks today.parquet --to 127.0.0.1:7070
+      featserve push clicks@2 today.csv --event-time clicked_at
+    """
+    ctx.exit(push_file(settings(folder), source, file, event_time, known_at, target))
 
 
 @click.command()

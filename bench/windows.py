@@ -1,0 +1,223 @@
+"""Windowed views: requests per second beside a plain view of the same width, and reads while events stream in.
+
+A thousand entities have a thousand events each in seven days. The server has all the views, and is asked for one after
+the other in turns, so what else happens on the machine meets all of them.
+
+    python -m bench.windows ADDRESS EVENTS_PER_S SECONDS    push events at that pace; print how many a second came in
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+import featserve
+from bench import load, servers
+from bench.report import ROOT, Figure, number
+from bench.servers import Server
+from featserve._proto import serving_pb2 as pb
+from featserve.batch import Arrival, Int64s
+from featserve.config import load_config
+from featserve.embedded import clock_us
+from featserve.load_test import Load, LoadTest, Point, Range, Reads, run
+from featserve.load_test.result import Round, merge
+from featserve.project import load_definitions
+from featserve.registry import Registry
+from featserve.types import Column, Float64, Int64
+from featserve.wire import encode_push
+
+ENTITIES, EVENTS = 1_000, 1_000
+KEYS = 100
+VIEWS = ("hopping", "calendar", "rolling")
+ROUNDS, SECONDS = 7, 1.5
+TARGET = 0.5
+PUSHED_PER_S, MESSAGE_EVENTS = 20_000, 1_000
+READS_PER_S, TURNS, TURN_S = 200.0, 4, 5.0
+
+DEFINITIONS = """
+from datetime import timedelta
+
+from featserve import (
+    Aggregate, Calendar, Entity, EventSource, FeatureService, FeatureView, Field, Float64, Hopping, Int64,
+    ParquetSource, Rolling,
+)
+
+hour, day, week = timedelta(hours=1), timedelta(days=1), timedelta(days=7)
+account = Entity("account", {"account_id": Int64})
+events = EventSource(
+    "payments", [Field("account_id", Int64), Field("amount", Float64), Field("payment_id", Int64)],
+    source=ParquetSource("payments.parquet", event_time="event_time"), event_id="payment_id",
+)
+
+
+def view(name, short, middle, long):
+    return FeatureView(
+        name, account, events=events,
+        aggregates=[
+            Aggregate("count_short", "count", over=short),
+            Aggregate("sum_middle", "sum", "amount", over=middle),
+            Aggregate("count_long", "count", over=long),
+            Aggregate("mean_long", "mean", "amount", over=long),
+            Aggregate("max_long", "max", "amount", over=long),
+        ],
+    )
+
+
+fields = [Field(name, Int64) for name in "ab"] + [Field(name, Float64) for name in "cde"]
+plain = FeatureView("plain", account, fields, source=ParquetSource("plain.parquet", event_time="event_time"))
+hopping = view("hopping", Hopping(hour, timedelta(minutes=5)), Hopping(day, hour), Hopping(week, hour))
+calendar = view("calendar", *(Calendar(n, "day", "America/New_York") for n in (1, 2, 7)))
+rolling = view("rolling", Rolling(hour), Rolling(day), Rolling(week))
+plain_service = FeatureService("plain", [plain], dtype=Float64)
+hopping_service = FeatureService("hopping", [hopping], dtype=Float64)
+calendar_service = FeatureService("calendar", [calendar], dtype=Float64)
+rolling_service = FeatureService("rolling", [rolling], dtype=Float64)
+"""
+
+
+def measure(folder: Path) -> list[Figure]:
+    """Make the project, load it, and measure it."""
+    folder = folder / "windows"
+    make(folder)
+    with servers.ours(folder) as server:
+        return [*compare(server), *beside_pushes(server)]
+
+
+def make(folder: Path) -> None:
+    """Write sources and definitions to ``folder``, apply them, and load all views."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(9)
+    rows, now_us = ENTITIES * EVENTS, clock_us()
+    times = pa.array(now_us - random.integers(1, 7 * 86_400_000_000, rows)).cast(pa.timestamp("us", "UTC"))
+    pq.write_table(
+        pa.table(
+            {
+                "account_id": np.repeat(np.arange(ENTITIES), EVENTS),
+                "amount": random.standard_normal(rows),
+                "payment_id": np.arange(rows),
+                "event_time": times,
+            }
+        ),
+        folder / "payments.parquet",
+    )
+    plain: dict[str, Any] = {name: random.integers(0, 1_000, ENTITIES) for name in "ab"}
+    plain |= {name: random.standard_normal(ENTITIES) for name in "cde"}
+    plain |= {"account_id": np.arange(ENTITIES), "event_time": times[:ENTITIES]}
+    pq.write_table(pa.table(plain), folder / "plain.parquet")
+    (folder / "features.py").write_text(DEFINITIONS, encoding="utf-8")
+    (folder / "featserve.toml").write_text("[server]\nport = 0\n", encoding="utf-8")
+    config = load_config(folder)
+    with Registry.open(config.registry.url) as registry:
+        registry.apply(load_definitions(config), "bench", clock_us())
+    with featserve.open(folder, write=True) as project:
+        for view in ("plain", *VIEWS):
+            project.materialize(view)
+
+
+def compare(server: Server) -> list[Figure]:
+    """Ask for each view in turns; return the figures of each beside those of the plain one."""
+    rates: dict[str, list[float]] = {name: [] for name in ("plain", *VIEWS)}
+    for turn in range(-1, ROUNDS):
+        for name, found in rates.items():
+            rate = requests_per_s(server.address, name, turn + 1)
+            if turn >= 0:
+                found.append(rate)
+    figures = []
+    for name in VIEWS:
+        ratios = sorted(a / b for a, b in zip(rates[name], rates["plain"], strict=True))
+        target = None if name == "rolling" else TARGET
+        note = f"rounds {ratios[0]:.2f} to {ratios[-1]:.2f}"
+        figures.append(Figure(f"{KEYS} keys: {name} to plain", statistics.median(ratios), "", target, note=note))
+    return [*figures, *(Figure(f"  {name}", statistics.median(found), "req/s") for name, found in rates.items())]
+
+
+def requests_per_s(address: str, service: str, seed: int) -> float:
+    """Return how many requests for random entities a second 8 connections get answered."""
+
+    def messages() -> Iterator[bytes]:
+        random = np.random.default_rng(seed)
+        while True:
+            keys = random.integers(0, ENTITIES, KEYS).tobytes()
+            column = pb.Column(name="account_id", type=Int64.code, data=keys)  # type: ignore[arg-type]
+            yield load.framed(pb.GetFeaturesRequest(service=service, keys=[column]).SerializeToString())
+
+    asked = messages()
+    opened = [load.Http2Connection(address, asked, length_varies=True) for _ in range(8)]
+    elapsed_s = load.drive(opened, lambda answered, elapsed_s: elapsed_s >= SECONDS)
+    return sum(len(connection.latencies_s) for connection in opened) / elapsed_s
+
+
+def beside_pushes(server: Server) -> list[Figure]:
+    """Return the p99 of reads while events stream in, beside that of a server left alone."""
+    found: dict[bool, list[Point]] = {False: [], True: []}
+    pushed: list[float] = []
+    for turn in range(TURNS):
+        for pushing in (False, True):
+            reads = Reads("hopping", ("account_id",), (Range("account_id", Int64, 0, ENTITIES - 1),))
+            test = LoadTest(
+                server.address, reads, (Load(1, READS_PER_S, 4),), None,
+                rounds=1, round_s=TURN_S, warm_up_s=1.0, seed=turn,
+            )  # fmt: skip
+            if not pushing:
+                found[False] += run(test, clock_us()).points
+                continue
+            command = [sys.executable, "-m", "bench.windows", server.address, str(PUSHED_PER_S), str(TURN_S + 2)]
+            with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+                found[True] += run(test, clock_us()).points
+                pushed.append(float(process.communicate()[0]))
+    idle, busy = (_all([point.total() for point in found[pushing]]) for pushing in (False, True))
+    p99s = [total.latency.quantile_ns(0.99) / 1e3 for total in (idle, busy)]
+    errors = sum((total.errors for total in (idle, busy)), Counter[str]())
+    return [
+        Figure("events pushed", min(pushed), "events/s", 0.98 * PUSHED_PER_S),
+        Figure("  p99 of reads while pushing to p99 alone", p99s[1] / p99s[0], "", 2.0, at_most=True),
+        Figure("  p99 alone", p99s[0], "us", note=f"{idle.latency.count:,} requests"),
+        Figure("  p99 while pushing", p99s[1], "us", note=f"p50 {number(busy.latency.quantile_ns(0.5) / 1e3)} us"),
+        Figure("  errors", errors.total(), "", 0, at_most=True, note=", ".join(errors)),
+    ]
+
+
+def _all(rounds: list[Round]) -> Round:
+    return merge(rounds, sum(each.seconds for each in rounds))
+
+
+def push(address: str, events_per_s: float, seconds: float) -> float:
+    """Push events of random entities at a pace, on one stream; return how many a second the server took."""
+    random = np.random.default_rng(int(time.time()))
+    ids = time.time_ns() >> 8
+
+    def messages() -> Iterator[pb.PushEventsRequest]:
+        began = time.perf_counter()
+        for i in range(int(seconds * events_per_s / MESSAGE_EVENTS)):
+            time.sleep(max(0.0, began + i * MESSAGE_EVENTS / events_per_s - time.perf_counter()))
+            yield encode_push("payments", _events(random, ids + i * MESSAGE_EVENTS))
+
+    with featserve.connect(address) as client:
+        started = time.perf_counter()
+        pushed = client.push_messages(messages())
+        elapsed_s = time.perf_counter() - started
+    return pushed.counted / elapsed_s
+
+
+def _events(random: np.random.Generator, first_id: int) -> Arrival:
+    times: Int64s = np.full(MESSAGE_EVENTS, clock_us())
+    columns = {
+        "account_id": Column(Int64, random.integers(0, ENTITIES, MESSAGE_EVENTS)),
+        "amount": Column(Float64, random.standard_normal(MESSAGE_EVENTS)),
+        "payment_id": Column(Int64, np.arange(first_id, first_id + MESSAGE_EVENTS)),
+    }
+    return Arrival(columns, times)
+
+
+if __name__ == "__main__":
+    print(push(sys.argv[1], float(sys.argv[2]), float(sys.argv[3])))
