@@ -124,6 +124,7 @@ class NativeServer:
         await behind
         while self._active() and loop.time() < ends_s:
             await asyncio.sleep(QUIET_S / 10)
+        await asyncio.sleep(min(seconds, QUIET_S))  # closing would cut off answers that are on their way
         await asyncio.to_thread(self._front.close)
         await asyncio.to_thread(self._thread.join)
         await asyncio.to_thread(self._writer.shutdown, cancel_futures=True)
