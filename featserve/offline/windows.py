@@ -89,14 +89,14 @@ def find_aggregates(scan: Scan, last_us: int, *, frames: bool) -> tuple[Steps, s
         parts = [_Part("framed", [column for calls in plan.calls.values() for column in calls])]
     steps["runs"]["runs"] = _runs(plan, _events(scan, plan, last_us, f"NOT ({on_time})" if frames else "TRUE"))
     for window, calls in plan.calls.items():
-        steps["blocks"][f"blocks_{window}"] = _blocks("runs", f"_end_{window}", calls)
+        steps["blocks"] |= _blocks(f"blocks_{window}", "runs", f"_end_{window}", calls)
         parts.append(_in_blocks(f"blocks_{window}", calls))
     if plan.distinct:
         steps["runs"]["value_runs"] = _runs(plan, _events(scan, plan, last_us))
     for f in plan.distinct:
         calls = {column: f.form.partials[name].format(x=f.value) for name, column in f.partials.items()}
         steps["runs"][f"runs_of_{f.name}"] = _trimmed(f)
-        steps["blocks"][f"blocks_of_{f.name}"] = _blocks(f"runs_of_{f.name}", "_end", calls)
+        steps["blocks"] |= _blocks(f"blocks_of_{f.name}", f"runs_of_{f.name}", "_end", calls)
         parts.append(_in_blocks(f"blocks_of_{f.name}", calls))
     return steps, _answer(plan, parts)
 
@@ -270,29 +270,34 @@ def _trimmed(f: _Feature) -> str:
         ) AS t WHERE _first < _end"""
 
 
-def _blocks(runs: str, end: str, calls: Mapping[str, str]) -> str:
-    """Return the partials of the blocks that runs are cut into: the block ``_block`` of ``_size`` labels.
+def _blocks(name: str, runs: str, end: str, calls: Mapping[str, str]) -> dict[str, str]:
+    """Return the table of the partials of blocks that runs are cut into, and that of the labels in such blocks.
 
     From the small to the large, a run gives its first block if that is the second of a pair, and its last if that is
-    the first of one. What is left is a run of blocks twice as large.
+    the first of one. What is left is a run of blocks twice as large. The second table is one of its own so that no
+    engine joins labels and blocks by their entity alone.
     """
     first, stop = "((r._first + s._size - 1) // s._size)", f"(r.{end} // s._size)"
     partials = "".join(f", {call} AS {column}" for column, call in calls.items())
-    return f"""
+    return {
+        name: f"""
         SELECT _entity, _size, _block{partials} FROM (
             SELECT r.*, _size, CASE WHEN _side = 0 THEN {first} ELSE {stop} - 1 END AS _block
             FROM {runs} AS r JOIN sizes AS s
             ON {first} < {stop} AND (CASE WHEN _side = 0 THEN {first} ELSE {stop} END) % 2 = 1
-        ) AS b GROUP BY _entity, _size, _block"""
+        ) AS b GROUP BY _entity, _size, _block""",
+        f"labels_of_{name}": f"""
+        SELECT _row, p._entity, _size, p._rank // _size AS _block
+        FROM points AS p JOIN (SELECT DISTINCT _entity, _size FROM {name}) AS s ON p._entity = s._entity""",
+    }
 
 
 def _in_blocks(blocks: str, columns: Iterable[str]) -> _Part:
     """Return the partials of the blocks that each label lies in."""
     return _Part(
         f"""(
-            SELECT _row{"".join(f", {column}" for column in columns)}
-            FROM points AS p JOIN (SELECT DISTINCT _entity, _size FROM {blocks}) AS s ON p._entity = s._entity
-            JOIN {blocks} AS b ON b._entity = s._entity AND b._size = s._size AND b._block = p._rank // s._size)""",
+            SELECT _row{"".join(f", {column}" for column in columns)} FROM labels_of_{blocks} AS p
+            JOIN {blocks} AS b ON b._entity = p._entity AND b._size = p._size AND b._block = p._block)""",
         columns,
     )
 
