@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import polars as pl
+import psutil
 import pyarrow as pa
 import pytest
 
@@ -309,3 +310,19 @@ def test_a_client_serves_many_threads(client: featserve.Client) -> None:
 
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(ask, range(16)))
+
+
+def test_calls_are_spread_over_connections(server: Server) -> None:
+    """A client with several connections uses each in turn, for reads and writes; with less than one it is refused."""
+
+    def connected() -> set[int]:
+        sockets = psutil.Process().net_connections("tcp")
+        return {s.laddr.port for s in sockets if s.status == psutil.CONN_ESTABLISHED and s.raddr.port == server.port}
+
+    before = connected()
+    with featserve.connect(server.address, timeout=60, connections=3) as client:
+        for _ in range(6):
+            client.get("wide", {"user_id": [1]})
+        assert len(connected() - before) == 3
+    with pytest.raises(InvalidRequest, match="connections: 0 is less than 1"):
+        featserve.connect(server.address, connections=0)

@@ -103,7 +103,7 @@ async def _supervise(config: Config, workers: int, ready: Callable[[str], None])
         finally:
             stopping.cancel()
             await parent.stop(serving)
-    log.info("all processes have stopped")
+    log.info("stopped")
 
 
 class Parent:
