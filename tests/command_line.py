@@ -109,7 +109,11 @@ def serving(folder: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """Run ``featserve serve`` on a free port; give its address and its process, which is dead at the end."""
     with (folder / "server.log").open("w") as log:
         server = subprocess.Popen(
-            command("serve", "--port", "0", "--workers", "1", "-C", folder), cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True
+            command("serve", "--port", "0", "--workers", "1", "-C", folder),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
         )
     assert server.stdout is not None
     try:
