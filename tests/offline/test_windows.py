@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,37 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from featserve.definitions import ParquetSource, Selection
+from featserve.aggregates import AGGREGATES
+from featserve.definitions import (
+    Aggregate,
+    Calendar,
+    EventSource,
+    FeatureView,
+    Hopping,
+    ParquetSource,
+    Rolling,
+    Selection,
+    Window,
+)
 from featserve.matrix import Status
 from featserve.offline import OfflineEngine
 from featserve.offline.join import JoinedView, join
 from featserve.types import NEVER_US, Timestamp
 from tests.offline.worlds import array
-from tests.windows_model import TYPES, History, answers, make_history
+from tests.windows_model import (
+    DAY,
+    FIELDS,
+    HOUR,
+    HOUR_US,
+    LEAST,
+    MOST,
+    TYPES,
+    USER,
+    Event,
+    History,
+    answers,
+    make_history,
+)
 
 SOURCE = ParquetSource("events.parquet", event_time="happened", known_at="known")
 
@@ -74,3 +100,121 @@ def test_random_histories(duckdb_engine: OfflineEngine, rng: np.random.Generator
     write(history, tmp_path)
     _, wrong = differences(history, joined(duckdb_engine, history, tmp_path))
     assert not wrong, [history.view.to_dict()["aggregates"], wrong[:10]]
+
+
+def test_every_function_over_every_kind(duckdb_engine: OfflineEngine, rng: np.random.Generator, tmp_path: Path) -> None:
+    """Each aggregate of each column that it takes, over each kind of window, is the oracle's."""
+    history = make_history(rng, source=SOURCE, events=200, asked=50)
+    write(history, tmp_path)
+    base = history.view
+    names = [name for name in TYPES if name not in ("user_id", "region", "event_id")]
+    for window in (Rolling(7 * DAY), Hopping(7 * DAY, HOUR), Calendar(7, "day", "America/New_York")):
+        aggregates = [
+            Aggregate(f"{function}_{name}", function, name, over=window)
+            for function, made in AGGREGATES.items()
+            for name in names
+            if made(TYPES[name]) is not None
+        ]
+        view = replace(base, aggregates=aggregates, features=())
+        cells, wrong = differences(
+            replace(history, view=view), joined(duckdb_engine, replace(history, view=view), tmp_path)
+        )
+        assert cells == 50 * len(aggregates)
+        assert not wrong, wrong[:10]
+
+
+@pytest.mark.parametrize("hours", [0, 5, 300])
+def test_a_declared_delay(duckdb_engine: OfflineEngine, rng: np.random.Generator, tmp_path: Path, hours: int) -> None:
+    """Events that are known a constant time after they happen, be it longer than their windows, count from then on."""
+    source = ParquetSource("events.parquet", event_time="happened", delay=hours * HOUR)
+    history = make_history(rng, source=source)
+    events = [replace(e, known_at_us=e.event_time_us + hours * HOUR_US) for e in history.events]
+    history = replace(history, events=events)
+    write(history, tmp_path)
+    _, wrong = differences(history, joined(duckdb_engine, history, tmp_path))
+    assert not wrong, wrong[:10]
+
+
+def test_the_ends_of_time(duckdb_engine: OfflineEngine, tmp_path: Path) -> None:
+    """Events and labels at the ends of int64 are aggregated like any others, over windows as long as there are."""
+    instants = [LEAST, LEAST + 1, -(2**62), -(2**61) - 1, -(2**61), -1, 0, 1, 2**61, 2**61 + 1, 2**62, MOST - 1, MOST]
+    base: dict[str, Any] = dict.fromkeys(TYPES) | {"user_id": 1, "region": "a", "event_id": "x"}
+    events = [
+        Event(t, k, i, base | {"quantity": i, "event_id": str(i)})
+        for i, (t, k) in enumerate((t, k) for t in instants for k in (t, instants[(instants.index(t) + 5) % 13]))
+    ]
+    windows: list[Window] = [Rolling(timedelta(microseconds=us)) for us in (1, 2**61, 2**62 + 7, 2**63 - 1)]
+    windows.append(Hopping(HOUR, HOUR))
+    aggregates = [Aggregate(f"f{i}", "sum", "quantity", over=window) for i, window in enumerate(windows)]
+    source = EventSource("events", FIELDS, source=SOURCE)
+    view = FeatureView("windowed", USER, events=source, aggregates=aggregates)
+    history = History(view, events, [(t, (1,)) for t in instants])
+    write(history, tmp_path)
+    _, wrong = differences(history, joined(duckdb_engine, history, tmp_path))
+    assert not wrong, wrong[:10]
+
+
+def test_one_feature_of_many(duckdb_engine: OfflineEngine, rng: np.random.Generator, tmp_path: Path) -> None:
+    """A service that takes one feature of a view gets the values and event times that all of them would show."""
+    history = make_history(rng, source=SOURCE)
+    write(history, tmp_path)
+    whole = joined(duckdb_engine, history, tmp_path)
+    for f in history.view.features:
+        alone = joined(duckdb_engine, history, tmp_path, [f.name])
+        assert list(alone.columns) == [f.name]
+        assert (alone.event_time_us == whole.event_time_us).all()
+        _, wrong = differences(history, alone)
+        assert not wrong, wrong[:10]
+
+
+def test_one_entity_with_all_rows(duckdb_engine: OfflineEngine, rng: np.random.Generator, tmp_path: Path) -> None:
+    """A hundred thousand events and labels of one entity, half of them late, make no pairs: it takes seconds."""
+    count = 100_000
+    times = np.sort(rng.integers(0, 30 * 24 * HOUR_US, count))
+    known = times + np.where(rng.random(count) < 0.5, 0, rng.integers(0, 48 * HOUR_US, count))
+    values = rng.integers(0, 50, count)
+    columns = {"user_id": np.ones(count, np.int64), "quantity": values}
+    instants = {
+        name: pa.array(us).view(pa.timestamp("us", "UTC")) for name, us in (("happened", times), ("known", known))
+    }
+    pq.write_table(pa.table(columns | instants), tmp_path / "events.parquet")
+    fields = [f for f in FIELDS if f.name in columns]
+    over = Rolling(7 * DAY)
+    view = FeatureView(
+        "windowed",
+        USER,
+        events=EventSource("events", fields, source=SOURCE),
+        aggregates=[
+            Aggregate("total", "sum", "quantity", over=over),
+            Aggregate("greatest", "max", "quantity", over=over),
+            Aggregate("different", "distinct_count", "quantity", over=over),
+        ],
+    )
+    asked = rng.integers(0, 30 * 24 * HOUR_US, count)
+    keys = pa.table({"user_id": np.ones(count, np.int64)})
+    names = tuple(f.name for f in view.features)
+    (found,) = join(duckdb_engine, keys, asked, [Selection(view, names)], root=tmp_path)
+    for row in rng.integers(0, count, 100).tolist():
+        seen = (times > asked[row] - 7 * 24 * HOUR_US) & (times <= asked[row]) & (known <= asked[row])
+        expected = (values[seen].sum(), values[seen].max(initial=-1), len(np.unique(values[seen])))
+        got = [found.columns[name][row].as_py() for name in names]
+        assert (got[0] or 0, -1 if got[1] is None else got[1], got[2]) == expected
+
+
+@pytest.mark.slow
+def test_very_many_cells(
+    engine: OfflineEngine, request: pytest.FixtureRequest, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    """A million random cells on DuckDB, and on Spark those of two histories, not one of which is not the oracle's."""
+    spark = request.node.callspec.params["engine"] == "spark"
+    enough = 2 * 12 * 500 if spark else 1_000_000
+    cells = number = 0
+    while cells < enough:
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        history = make_history(rng, source=SOURCE, events=150, asked=500, lonely=number % 5 == 1)
+        write(history, folder)
+        more, wrong = differences(history, joined(engine, history, folder))
+        assert not wrong, [history.view.to_dict()["aggregates"], wrong[:10]]
+        cells += more
+        number += 1
