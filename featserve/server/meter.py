@@ -17,7 +17,7 @@ from featserve.matrix import FeatureMatrix, Status
 from featserve.plan import ReadPlan
 from featserve.server.service import Record
 from featserve.server.tally import Tally
-from featserve.types import Array
+from featserve.types import NEVER_US, Array
 
 US, MS, SECOND = 1_000, 1_000_000, 1_000_000_000
 
@@ -120,5 +120,6 @@ class Meter:
     def _add_ages(self, matrix: FeatureMatrix, now_us: int) -> None:
         assert matrix.event_times is not None
         for i, view in enumerate(matrix.schema.views):
-            served = matrix.view_status[:, i] == Status.PRESENT
-            self.ages.setdefault(view.id, Buckets(AGE_US)).add_all(now_us - matrix.event_times[served, i])
+            times = matrix.event_times[matrix.view_status[:, i] == Status.PRESENT, i]
+            times = times[times > NEVER_US]  # of empty windows
+            self.ages.setdefault(view.id, Buckets(AGE_US)).add_all(now_us - times)

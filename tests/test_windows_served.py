@@ -1,0 +1,223 @@
+"""Windows over a running server, on every transport: pushed, streamed, refused, restarted, killed."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import featserve
+from featserve.batch import Pushed
+from featserve.errors import FeatserveError, InvalidRequest, ServingError, UnknownName
+from tests.serving import TRANSPORTS, Project, Server
+
+pytest_plugins = ["tests.served"]
+
+DEFINITIONS = """
+from datetime import timedelta
+
+from featserve import (
+    Aggregate, Calendar, Entity, EventSource, FeatureService, FeatureView, Field, Float64, Hopping, Int64,
+    ParquetSource, Rolling, String, col,
+)
+
+hour, day = timedelta(hours=1), timedelta(days=1)
+user = Entity("user", {"user_id": Int64})
+shop = Entity("shop", {"shop": String})
+orders = EventSource(
+    "orders",
+    [Field("user_id", Int64), Field("shop", String), Field("amount", Float64, min=0.0), Field("order_id", String)],
+    source=ParquetSource("orders.parquet", event_time="at"), event_id="order_id",
+)
+visits = EventSource("visits", [Field("user_id", Int64)])
+spent = FeatureView("spent", user, events=orders, aggregates=[
+    Aggregate("orders", "count", over=Hopping(day, hour)),
+    Aggregate("sum", "sum", "amount", over=Hopping(day, hour)),
+    Aggregate("mean_large", "mean", "amount", over=Rolling(day), where=col("amount") > 10, default=-1.0),
+    Aggregate("last_shop", "last", "shop", over=Calendar(2, "day", "America/New_York")),
+    Aggregate("shops", "distinct_count", "shop", over=Rolling(day), max_distinct=3),
+])
+earned = FeatureView("earned", shop, events=orders, aggregates=[
+    Aggregate("orders", "count", over=Rolling(day, max_events=5_000)),
+    Aggregate("most", "max", "amount", over=Calendar(7, "day", "UTC")),
+])
+seen = FeatureView("seen", user, events=visits, aggregates=[Aggregate("visits", "count", over=Rolling(day, max_events=4))])
+
+users = FeatureService("users", [spent, seen], dtype=Float64)
+shops = FeatureService("shops", [earned], dtype=Float64)
+"""
+
+
+def orders(ids: Sequence[Any], **columns: list[Any]) -> dict[str, list[Any]]:
+    """Return orders of user 1 in shop "a" for 1.0 each, but for the ``columns`` given."""
+    many = len(ids)
+    return {"user_id": [1] * many, "shop": ["a"] * many, "amount": [1.0] * many, "order_id": [*ids]} | columns
+
+
+@pytest.fixture
+def project(tmp_path: Path, transport: str) -> Project:
+    return Project.make(tmp_path / "project", DEFINITIONS, **TRANSPORTS[transport])
+
+
+@pytest.fixture
+def server(project: Project) -> Iterator[Server]:
+    with Server(project) as running:
+        yield running
+
+
+def test_pushed_events_are_served_by_every_view_over_them(server: Server) -> None:
+    """Each view counts them for its own entity, from the answer on; one without a key is of none; again is no more."""
+    now = datetime.now(UTC)
+    come = orders(
+        ["1", "2", "3", "4"], user_id=[1, 1, 2, None], shop=["a", "b", None, "a"], amount=[5.0, 20.0, 3.0, 1.0]
+    )
+    with server.client() as client:
+        assert client.push("orders", come, event_time=now) == Pushed(4, 4, 0, 0)
+        assert client.push("orders@1", come, event_time=now) == Pushed(4, 0, 4, 0)
+        got = client.get("users", {"user_id": [1, 2, 3]}, event_times=True)
+        assert got.to_dict() == {
+            "spent.orders": [2, 1, 0],
+            "spent.sum": [25.0, 3.0, None],
+            "spent.mean_large": [20.0, -1.0, -1.0],
+            "spent.last_shop": ["b", None, None],
+            "spent.shops": [2, 0, 0],
+            "seen.visits": [0, 0, 0],
+        }
+        assert (got.view_status == 1).all()
+        assert client.get("shops", {"shop": ["a", "b"]}).to_dict() == {
+            "earned.orders": [2, 1],
+            "earned.most": [5.0, 20.0],
+        }
+
+
+def test_events_stream_in(server: Server) -> None:
+    """Every message counts; what is refused ends the stream and says how many came before; the rest stays."""
+    now = datetime.now(UTC)
+    with server.client() as client:
+        batches = (orders([f"{i}.{j}" for j in range(10)]) for i in range(20))
+        assert client.push_stream("orders", batches, event_time=now) == Pushed(200, 200, 0, 0)
+        bad = [orders(["x"]), orders(["y"], amount=[-1.0]), orders(["z"])]
+        with pytest.raises(InvalidRequest, match="less than the min") as refused:
+            client.push_stream("orders", bad, event_time=now)
+        assert refused.value.metadata["messages_written"] == "1"
+        assert client.get("users", {"user_id": [1]}).to_dict()["spent.orders"] == [201]
+
+
+def test_refusals_say_what_to_do_and_change_nothing(server: Server) -> None:
+    """A null id, a time ahead, a bound, an unknown source, rows of a view over events, an instant that is gone."""
+    now = datetime.now(UTC)
+    with server.client() as client:
+        client.push("orders", orders(["1"]), event_time=now)
+        client.push("visits", {"user_id": [1] * 4}, event_time=now)
+        columns = {"orders": [1], "sum": [1.0], "mean_large": [1.0], "last_shop": ["a"], "shops": [1], "user_id": [1]}
+        for kind, words, call in (
+            (InvalidRequest, "order_id: is null", lambda: client.push("orders", orders([None]), event_time=now)),
+            (
+                InvalidRequest,
+                "the last instant accepted",
+                lambda: client.push("orders", orders(["2"]), event_time=now + timedelta(hours=5)),
+            ),
+            (
+                InvalidRequest,
+                r"view seen@1, user user_id=1: feature 'visits' .* would hold 5 events .* max_events = 4\. Declare more",
+                lambda: client.push("visits", {"user_id": [2, 1]}, event_time=now),
+            ),
+            (
+                InvalidRequest,
+                "would hold 4 distinct values .* max_distinct = 3",
+                lambda: client.push("orders", orders(list("567"), shop=list("bcd")), event_time=now),
+            ),
+            (UnknownName, "did you mean 'orders'", lambda: client.push("order", orders(["1"]), event_time=now)),
+            (InvalidRequest, "push them to orders@1", lambda: client.write("spent", columns, event_time=now)),
+            (
+                InvalidRequest,
+                "ask for that instant or a later one",
+                lambda: client.get("users", {"user_id": [1]}, as_of=now - timedelta(days=1)),
+            ),
+        ):
+            with pytest.raises(kind, match=words):
+                call()
+        got = client.get("users", {"user_id": [1, 2]}).to_dict()
+        assert (got["spent.orders"], got["seen.visits"]) == ([1, 0], [4, 0])
+
+
+def test_late_events_are_told_and_not_counted(server: Server) -> None:
+    """What no window can hold any more is acknowledged as late; late within a window counts there."""
+    now = datetime.now(UTC)
+    with server.client() as client:
+        assert client.push("orders", orders(["1"]), event_time=now) == Pushed(1, 1, 0, 0)
+        assert client.push("orders", orders(["2"]), event_time=now - timedelta(days=40)) == Pushed(1, 0, 0, 1)
+        assert client.push("orders", orders(["3"]), event_time=now - timedelta(hours=3)) == Pushed(1, 1, 0, 0)
+        assert client.get("users", {"user_id": [1]}).to_dict()["spent.orders"] == [2]
+
+
+def test_history_and_pushes_make_one_count(project: Project) -> None:
+    """Pushed before the load, in it, or after it: each order counts once; a second load changes nothing."""
+    now = datetime.now(UTC)
+    ids = [str(i) for i in range(10)]
+    table = pa.table(orders(ids) | {"at": [now] * 10})
+    pq.write_table(table, project.folder / "orders.parquet")
+    with featserve.open(project.folder, write=True) as embedded:
+        embedded.push("orders", orders(["8", "9", "10"]), event_time=now)
+        for _ in range(2):
+            assert embedded.materialize("spent").rows_read == 10
+            assert embedded.get("users", {"user_id": [1]}).to_dict()["spent.orders"] == [11]
+        assert embedded.push("orders", orders(["0", "11"]), event_time=now) == Pushed(2, 2, 0, 0)  # 0 is new to shops
+        assert embedded.get("users", {"user_id": [1]}).to_dict()["spent.orders"] == [12]
+        pq.write_table(table.slice(0, 0), project.folder / "orders.parquet")
+        embedded.materialize("spent")
+        assert embedded.get("users", {"user_id": [1]}).to_dict()["spent.orders"] == [4]
+
+
+class Pusher(threading.Thread):
+    """Streams groups of orders to a server until it is gone, the unacknowledged ones again first."""
+
+    def __init__(self, server: Server, user: int, acknowledged: int) -> None:
+        super().__init__()
+        self._server, self._user, self.acknowledged = server, user, acknowledged
+        self.error: FeatserveError | None = None
+
+    def run(self) -> None:
+        with self._server.client() as client:
+            try:
+                for group in itertools.count(self.acknowledged):
+                    ids = [f"{self._user} {group} {i}" for i in range(20)]
+                    come = orders(ids, user_id=[self._user] * 20, shop=[f"shop {self._user}"] * 20)
+                    client.push_stream("orders", [come], event_time=datetime.now(UTC), timeout=30.0)
+                    self.acknowledged = group + 1
+            except FeatserveError as error:
+                self.error = error
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(50, marks=pytest.mark.slow)])
+def test_a_killed_server_loses_no_event_and_counts_none_twice(
+    project: Project, rng: np.random.Generator, kills: int
+) -> None:
+    """Killed while events stream in, again and again: what was acknowledged counts, what is repeated counts once."""
+    acknowledged = [0, 0]
+    for turn in range(kills):
+        with Server(project) as server:
+            pushers = [Pusher(server, user, acknowledged[user]) for user in (0, 1)]
+            for pusher in pushers:
+                pusher.start()
+            threading.Event().wait(rng.uniform(0.05, 0.5))
+            server.kill()
+            for pusher in pushers:
+                pusher.join()
+                assert isinstance(pusher.error, ServingError), pusher.error
+            acknowledged = [pusher.acknowledged for pusher in pushers]
+        with featserve.open(project.folder) as embedded:
+            counted = embedded.get("users", {"user_id": [0, 1]}).to_dict()["spent.orders"]
+        for count, groups in zip(counted, acknowledged, strict=True):
+            assert count in (20 * groups, 20 * (groups + 1)), f"turn {turn}"
+        if 20 * max(acknowledged) > 4_000:  # before a rolling window is full, others go on
+            project = Project.make(project.folder.parent / f"project {turn}", DEFINITIONS)
+            acknowledged = [0, 0]
