@@ -24,6 +24,7 @@ from bench import (
     server,
     telemetry,
     transform,
+    windows,
     writes,
 )
 from bench.report import ROOT, Figure
@@ -77,6 +78,7 @@ BENCHES: dict[str, tuple[str, Callable[[Path], list[Figure]]]] = {
     "grid": ("Rows x features, from a warm and a cold cache, by the load test at 8 connections", grid.measure),
     "overload": ("Overload: requests arrive at multiples of the peak rate", overload.measure),
     "writes": ("Reads while 10,000 rows/s are written: 500 requests/s at random instants", writes.measure),
+    "windows": ("Windows: 5 features, 1,000 live events per entity, 100 keys; 20,000 events/s", windows.measure),
     "pieces": ("Pieces: median of each", pieces),
     "transform": ("A transform, in process: what it adds to a request", transform.measure),
     "offline_join": ("Training join: 10 million rows, 1 million labels", temporal_join),

@@ -49,7 +49,9 @@ earned = FeatureView("earned", shop, events=orders, aggregates=[
     Aggregate("orders", "count", over=Rolling(day, max_events=5_000)),
     Aggregate("most", "max", "amount", over=Calendar(7, "day", "UTC")),
 ])
-seen = FeatureView("seen", user, events=visits, aggregates=[Aggregate("visits", "count", over=Rolling(day, max_events=4))])
+seen = FeatureView("seen", user, events=visits, aggregates=[
+    Aggregate("visits", "count", over=Rolling(day, max_events=4)),
+])
 
 users = FeatureService("users", [spent, seen], dtype=Float64)
 shops = FeatureService("shops", [earned], dtype=Float64)
@@ -59,7 +61,13 @@ shops = FeatureService("shops", [earned], dtype=Float64)
 def orders(ids: Sequence[Any], **columns: list[Any]) -> dict[str, list[Any]]:
     """Return orders of user 1 in shop "a" for 1.0 each, but for the ``columns`` given."""
     many = len(ids)
-    return {"user_id": [1] * many, "shop": ["a"] * many, "amount": [1.0] * many, "order_id": [*ids]} | columns
+    made: dict[str, list[Any]] = {
+        "user_id": [1] * many,
+        "shop": ["a"] * many,
+        "amount": [1.0] * many,
+        "order_id": [*ids],
+    }
+    return made | columns
 
 
 @pytest.fixture
@@ -127,7 +135,7 @@ def test_refusals_say_what_to_do_and_change_nothing(server: Server) -> None:
             ),
             (
                 InvalidRequest,
-                r"view seen@1, user user_id=1: feature 'visits' .* would hold 5 events .* max_events = 4\. Declare more",
+                r"view seen@1, user user_id=1: feature 'visits' .* would hold 5 events .* max_events = 4\. Declare",
                 lambda: client.push("visits", {"user_id": [2, 1]}, event_time=now),
             ),
             (
