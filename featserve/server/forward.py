@@ -35,8 +35,8 @@ OPTIONS = (
 METHODS = pb.DESCRIPTOR.services_by_name["FeatureServingService"].methods_by_name
 FORWARDED = (*WRITES, *WRITE_STREAMS)
 """The methods that write. To the wire a request is a stream of one, so all are passed on in the same way."""
-GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
-"""What gRPC says of a server that is not there, or was just about to go."""
+GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL)
+"""What gRPC itself says of a server that is not there, was just about to go, or went while a message was being sent."""
 
 Metadata = Iterable[tuple[str, str | bytes]]
 
