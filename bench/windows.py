@@ -54,13 +54,19 @@ from featserve import (
 
 hour, day, week = timedelta(hours=1), timedelta(days=1), timedelta(days=7)
 account = Entity("account", {"account_id": Int64})
-events = EventSource(
-    "payments", [Field("account_id", Int64), Field("amount", Float64), Field("payment_id", Int64)],
-    source=ParquetSource("payments.parquet", event_time="event_time"), event_id="payment_id",
-)
 
 
-def view(name, short, middle, long):
+def source(name):
+    return EventSource(
+        name, [Field("account_id", Int64), Field("amount", Float64), Field("payment_id", Int64)],
+        source=ParquetSource("payments.parquet", event_time="event_time"), event_id="payment_id",
+    )
+
+
+payments, transfers = source("payments"), source("transfers")
+
+
+def view(name, events, short, middle, long):
     return FeatureView(
         name, account, events=events,
         aggregates=[
@@ -75,9 +81,9 @@ def view(name, short, middle, long):
 
 fields = [Field(name, Int64) for name in "ab"] + [Field(name, Float64) for name in "cde"]
 plain = FeatureView("plain", account, fields, source=ParquetSource("plain.parquet", event_time="event_time"))
-hopping = view("hopping", Hopping(hour, timedelta(minutes=5)), Hopping(day, hour), Hopping(week, hour))
-calendar = view("calendar", *(Calendar(n, "day", "America/New_York") for n in (1, 2, 7)))
-rolling = view("rolling", Rolling(hour), Rolling(day), Rolling(week))
+hopping = view("hopping", payments, Hopping(hour, timedelta(minutes=5)), Hopping(day, hour), Hopping(week, hour))
+calendar = view("calendar", payments, *(Calendar(n, "day", "America/New_York") for n in (1, 2, 7)))
+rolling = view("rolling", transfers, Rolling(hour), Rolling(day), Rolling(week))
 plain_service = FeatureService("plain", [plain], dtype=Float64)
 hopping_service = FeatureService("hopping", [hopping], dtype=Float64)
 calendar_service = FeatureService("calendar", [calendar], dtype=Float64)
@@ -158,7 +164,7 @@ def requests_per_s(address: str, service: str, seed: int) -> float:
 
 
 def beside_pushes(server: Server) -> list[Figure]:
-    """Return the p99 of reads while events stream in, beside that of a server left alone."""
+    """Return the p99 of reads while events stream into two views, beside that of a server left alone."""
     found: dict[bool, list[Point]] = {False: [], True: []}
     pushed: list[float] = []
     for turn in range(TURNS):

@@ -18,7 +18,7 @@ from featserve.errors import SourceError
 from featserve.folding import beyond, fold, reached, unite
 from featserve.materialize import Loaded, Progress, visible_batches
 from featserve.plan import WindowPlan
-from featserve.push import PUSHED, expiry_key, ids_of, loaded_mark, over
+from featserve.push import PUSHED, expiry_keys, ids_of, loaded_mark, over
 from featserve.series import Pool, State, events_of
 from featserve.store import Load, OnlineStore
 from featserve.types import NEVER_US, Array, Mask, concat
@@ -158,9 +158,10 @@ class _Backfill:
         """Note the ids of the events that count."""
         ids = ids_of(self._plan, batch)
         if ids:
-            for row in np.flatnonzero(counts).tolist():
-                expiry = expiry_key(self._plan, entities[owner[row]], int(batch.event_time_us[row])) + ids[row]
-                self._ids.append((ids[row], expiry))
+            kept = np.flatnonzero(counts)
+            ids = [ids[row] for row in kept.tolist()]
+            expiries = expiry_keys(self._plan, entities, owner[kept], batch.event_time_us[kept], ids)
+            self._ids += zip(ids, expiries, strict=True)
 
     def _not_pushed(self, history: EventBatch) -> Int64s:
         """Return the events whose id was not pushed."""

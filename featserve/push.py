@@ -106,12 +106,10 @@ class _Part:
             writes |= self._encoded(plan.pushed, self._folded(plan.pushed, found, events, pool)[1], pool)
         if self._ids:
             kept = rows[counts]
-            for row, entity, time_us in zip(
-                kept.tolist(), self._owner[kept].tolist(), self._batch.event_time_us[kept].tolist(), strict=True
-            ):
-                id_ = self._ids[row]
-                writes[plan.ids + id_] = PUSHED
-                writes[expiry_key(plan, self._entities[entity], time_us) + id_] = b""
+            ids = [self._ids[row] for row in kept.tolist()]
+            writes |= dict.fromkeys([plan.ids + id_ for id_ in ids], PUSHED)
+            times_us = self._batch.event_time_us[kept]
+            writes |= dict.fromkeys(expiry_keys(plan, self._entities, self._owner[kept], times_us, ids), b"")
             writes |= self._expired(store, before, after)
         return writes
 
@@ -151,7 +149,8 @@ class _Part:
         removed: Writes = {}
         for entity, first, end in zip(moved.tolist(), old[moved].tolist(), new[moved].tolist(), strict=True):
             key = self._entities[entity]
-            for name in store.keys(expiry_key(plan, key, first), expiry_key(plan, key, end)):
+            start, stop = expiry_keys(plan, [key], np.zeros(2, np.int64), np.array([first, end]), [b"", b""])
+            for name in store.keys(start, stop):
                 removed[name] = None
                 removed[plan.ids + name[len(plan.expiry) + ENTITY_BYTES + 8 :]] = None
         return removed
@@ -180,10 +179,13 @@ def loaded_mark(loads: bytes | None) -> bytes:
     return LOADED + (loads or bytes(8))[1:]
 
 
-def expiry_key(plan: WindowPlan, entity: bytes, time_us: int) -> bytes:
-    """Return the start of the key by which an id is found when its event's time is over."""
-    digest = hashlib.sha256(entity).digest()[:ENTITY_BYTES]
-    return plan.expiry + digest + (time_us + 2**63).to_bytes(8, "big")
+def expiry_keys(
+    plan: WindowPlan, entities: Sequence[bytes], owner: Int64s, time_us: Int64s, ids: Sequence[bytes]
+) -> list[bytes]:
+    """Return the keys by which ids are found when the times of their events are over. ``owner``: their entities."""
+    prefixes = [plan.expiry + hashlib.sha256(entity).digest()[:ENTITY_BYTES] for entity in entities]
+    times: list[bytes] = (time_us.view(np.uint64) ^ np.uint64(1 << 63)).byteswap().view("V8").tolist()
+    return [prefixes[i] + time + id_ for i, time, id_ in zip(owner.tolist(), times, ids, strict=True)]
 
 
 def sweeps(layout: Layout, newest_us: Int64s) -> Int64s:
