@@ -30,6 +30,7 @@ VIEWS = [
     features.carrier_last_departure,
     features.route_last_arrival,
 ]
+WINDOWS = [features.carrier_week, features.airport_hour, features.aircraft_week]
 MINUTE_US = 60_000_000
 
 
@@ -203,11 +204,13 @@ def test_a_careless_join_sees_the_future(
 
 
 def test_definitions_load_as_a_project() -> None:
-    """The project's settings and definitions load, and its one service spans every view and entity."""
+    """The project's settings and definitions load, and the model's service spans every view and entity."""
     definitions = load_definitions(load_config(EXAMPLE))
-    assert set(definitions.views) == {view.id for view in VIEWS}
-    (service,) = definitions.services.values()
-    assert [view.id for view in service.views] == [view.id for view in VIEWS]
+    views = [view.id for view in (*VIEWS, *WINDOWS)]
+    assert set(definitions.views) == set(views)
+    assert set(definitions.services) == {"departure_delay_model@1", "carrier_report@1"}
+    service = definitions.services["departure_delay_model@1"]
+    assert [view.id for view in service.views] == views
     assert list(service.keys) == ["origin", "tailnum", "carrier", "dest"]
     for view in definitions.views.values():
         assert view.owner

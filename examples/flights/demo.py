@@ -25,7 +25,9 @@ from examples.flights import model
 from examples.flights.project import (
     ENVIRONMENT,
     FOLDER,
+    LATER,
     MADE,
+    REPORT,
     SERVICE,
     THEN,
     THEN_TEXT,
@@ -33,6 +35,7 @@ from examples.flights.project import (
     command,
     flights_at,
     make_afresh,
+    reported_between,
 )
 from featserve._proto import serving_pb2 as pb
 from featserve._proto.serving_pb2_grpc import FeatureServingServiceStub
@@ -55,13 +58,14 @@ def main() -> None:
     say("\n[bold]2. Publish the definitions of examples/flights/features.py, load what was visible at one instant[/]")
     command("apply", last=1)
     command("materialize", "--as-of", THEN_TEXT)
-    say("The online store keeps one row of each entity, the newest; all were read, typed and checked.")
+    say("Of each entity the store keeps the newest row, and of its windows what they hold; all rows were checked.")
     flights = flights_at(THEN)
     with serving() as address:
         ask(address, flights)
         train()
         leak()
         predict(address, flights)
+        push(address)
     say(
         f"\nThe server was told to stop, and did. All of this took {time.monotonic() - started:.0f} s.",
         "`make serve` leaves it running, and says how to ask it; README.md goes on from here.",
@@ -256,6 +260,37 @@ def compare(served: featserve.FeatureMatrix, frame: Any) -> None:
         f"{len(same)} flights x {features} features, {len(same) * features} values: the vectors that were served as of "
         f"{THEN_TEXT}\nand these flights' rows of the training frame are equal to the last bit."
     )
+
+
+def push(address: str) -> None:
+    """Push the departures of the next hour, twice, and ask how late carriers have been by two meanings of a week."""
+    say("\n[bold]9. Push the departures of the next hour as they were reported, and ask what a week of them is like[/]")
+    events = reported_between(THEN, LATER)
+    columns = ["flight_id", "carrier", "tailnum", "origin", "dest", "departure_delay_min", "departed_at", "known_at"]
+    batches = [events.select(columns).slice(start, 10) for start in range(0, len(events), 10)]
+    carriers = pc.unique(events["carrier"]).sort().to_pylist()
+    with featserve.connect(address) as client:
+        once, again = (
+            client.push_stream("departures", batches, event_time="departed_at", known_at="known_at") for _ in range(2)
+        )
+        served = client.get(REPORT, {"carrier": carriers}, as_of=LATER)
+    say(
+        f"{once.events} departures pushed, {once.counted} counted; pushed again, {again.counted} counted and "
+        f"{again.duplicates} known by their flight_id.",
+        f'The mean delay of "the last 7 days" at {LATER:%Y-%m-%dT%H:%MZ}, for the carriers with one of them:',
+    )
+    table = Table(box=None, pad_edge=False, padding=(0, 0, 0, 2), header_style="bold")
+    for name in ("carrier", "168 hours", "7 days in New York", "apart"):
+        table.add_column(name, justify="left" if name == "carrier" else "right")
+    for carrier, (rolling, calendar) in zip(carriers, served.values.tolist(), strict=True):
+        table.add_row(carrier, f"{rolling:.2f} min", f"{calendar:.2f} min", f"{abs(rolling - calendar):.2f}")
+    say(table)
+    labels = {"carrier": carriers, "at": [LATER] * len(carriers)}
+    with featserve.open(FOLDER) as project:
+        trained = project.training_frame(REPORT, labels, time="at").select(list(served.names))
+    if any(bits(served.to_arrow()[name]) != bits(trained[name]) for name in served.names):
+        raise SystemExit("the windows that are served and those of a training frame are not the same")
+    say("What is served of events loaded and pushed equals what a training frame holds, to the last bit.")
 
 
 def bits(values: Any) -> list[Any]:

@@ -10,16 +10,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featserve import (
+    Aggregate,
     Bool,
+    Calendar,
     Entity,
+    EventSource,
     FeatureService,
     FeatureView,
     Field,
     Float32,
+    Float64,
     Int32,
+    Int64,
     ParquetSource,
     RequestColumn,
     RequestTime,
+    Rolling,
     String,
     Timestamp,
     on_demand_transform,
@@ -143,6 +149,89 @@ route_last_arrival = FeatureView(
     tags={"domain": "operations"},
 )
 
+# What has happened lately. Each window says which kind of "7 days" or "hour" it is; there is no default.
+
+departures = EventSource(
+    "departures",
+    [
+        Field("flight_id", Int64, not_null=True, description="The flight, so that one reported twice counts once"),
+        Field("carrier", String, not_null=True, description="The airline"),
+        Field("tailnum", String, description="The aircraft, where it was reported"),
+        Field("origin", String, allowed=["EWR", "JFK", "LGA"], description="The airport that it left"),
+        Field("dest", String, not_null=True, description="Where it went"),
+        Field("departure_delay_min", Int32, not_null=True, min=-180, max=2880, description="Negative: early"),
+    ],
+    source=ParquetSource("data/departures.parquet", event_time="departed_at", known_at="known_at"),
+    event_id="flight_id",
+    owner=OWNER,
+    description="Flights that left the gate, as they are reported",
+    tags={"domain": "operations"},
+)
+
+DAY = timedelta(days=1)
+NEW_YORK = "America/New_York"
+
+carrier_week = FeatureView(
+    "carrier_week",
+    carrier,
+    events=departures,
+    aggregates=[
+        Aggregate(
+            "mean_delay_168h",
+            "mean",
+            "departure_delay_min",
+            over=Rolling(7 * DAY),
+            description="Mean delay of the flights that left in the last 168 hours, minutes",
+        ),
+        Aggregate(
+            "mean_delay_7_days",
+            "mean",
+            "departure_delay_min",
+            over=Calendar(7, "day", NEW_YORK),
+            description="Mean delay of those that left today in New York or on the six days before, minutes",
+        ),
+    ],
+    owner=OWNER,
+    description="How late the carrier has been, by both meanings of a week",
+    tags={"domain": "operations"},
+)
+
+airport_hour = FeatureView(
+    "airport_hour",
+    airport,
+    events=departures,
+    aggregates=[
+        Aggregate(
+            "departures_1h",
+            "count",
+            over=Rolling(timedelta(hours=1), max_events=1_000),
+            description="Flights that left the airport in the last hour and were reported",
+        )
+    ],
+    owner=OWNER,
+    description="How busy the airport is",
+    tags={"domain": "operations"},
+)
+
+aircraft_week = FeatureView(
+    "aircraft_week",
+    aircraft,
+    events=departures,
+    aggregates=[
+        Aggregate(
+            "destinations_7_days",
+            "distinct_count",
+            "dest",
+            over=Calendar(7, "day", NEW_YORK),
+            max_distinct=200,
+            description="Where it went from New York, today there or on the six days before, each destination once",
+        )
+    ],
+    owner=OWNER,
+    description="How varied the aircraft's routes are",
+    tags={"domain": "operations"},
+)
+
 # Computed at the moment of the request, by the same code that computes them for a training frame.
 
 RUNWAY_DEG = 30.0
@@ -218,6 +307,9 @@ departure_delay_model = FeatureService(
         aircraft_attributes,
         carrier_last_departure,
         route_last_arrival,
+        carrier_week,
+        airport_hour,
+        aircraft_week,
         runway_wind,
         local_departure,
         schedule,
@@ -226,4 +318,12 @@ departure_delay_model = FeatureService(
     owner=OWNER,
     description="The vector of a model that predicts how late a flight will depart",
     tags={"model": "departure-delay"},
+)
+
+carrier_report = FeatureService(
+    "carrier_report",
+    [carrier_week],
+    dtype=Float64,
+    owner=OWNER,
+    description="How late each carrier has been, for people to read",
 )

@@ -3,7 +3,8 @@
 Comes in: the CSV files of that package, found without importing it. Goes out: ``data/*.parquet``, in which every time
 is a UTC instant, and every fact that a model could learn from says when it was known:
 
-- ``flights``: all flights, by scheduled departure, with what became of them: what a model is trained on.
+- ``flights``: all flights, by scheduled departure, with what became of them: what a model is trained on. ``flight_id``
+  numbers them in that order.
 - ``departures``, ``arrivals``: the delay of each flight that left, or that landed where it was meant to, in the order
   in which these were reported. A row stands at the flight's scheduled departure, as in any schedule; a join on that
   time alone would show a delay hours before it happened. ``known_at`` says when it was reported.
@@ -104,14 +105,17 @@ def flights_table(package: Path) -> Any:
             "arrived_at": instants(scheduled_arrival, raw["arr_delay"]),
         }
     )
-    return table.take(pa.array(np.argsort(scheduled_departure, kind="stable")))
+    table = table.take(pa.array(np.argsort(scheduled_departure, kind="stable")))
+    return table.append_column("flight_id", pa.array(np.arange(table.num_rows)))
 
 
 def departures_table(flights: Any) -> Any:
     """Return the flights that left. Those with a null delay were cancelled."""
     columns = [
+        "flight_id",
         "carrier",
         "flight_number",
+        "tailnum",
         "origin",
         "dest",
         "scheduled_departure",

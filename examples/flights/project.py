@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ from featserve.store import is_held
 FOLDER = Path(__file__).parent
 MADE = FOLDER / ".featserve"
 SERVICE = "departure_delay_model"
+REPORT = "carrier_report"
 THEN = datetime(2013, 11, 27, 22, tzinfo=UTC)
 """The afternoon before Thanksgiving, in a storm: 17:00 in New York."""
+LATER = THEN + timedelta(hours=1)
 THEN_TEXT = f"{THEN:%Y-%m-%dT%H:%MZ}"
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("FEATSERVE_")}
 WIDTH = 100
@@ -59,6 +61,13 @@ def command(*words: str, first: int | None = None, last: int | None = None) -> N
     print(*kept, sep="\n")
     if first is not None and len(lines) > first:
         print(f"... and {len(lines) - first} lines more")
+
+
+def reported_between(first: datetime, last: datetime) -> Any:
+    """Return the departures that were reported after ``first``, until ``last``, as a pyarrow Table, in their order."""
+    departures = pq.read_table(DATA / "departures.parquet")
+    known_at = departures["known_at"]
+    return departures.filter(pc.and_(pc.greater(known_at, first), pc.less_equal(known_at, last)))
 
 
 def flights_at(instant: datetime) -> Any:
