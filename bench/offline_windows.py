@@ -1,8 +1,8 @@
 """A window in a training frame, beside a query that is written by hand, which takes every event for known at once.
 
 Comes in: a number of events and of labels. Goes out: seconds, peak memory and what was wrong, each query in a process
-of its own, over generated files in a temporary folder: a sum, a count and a maximum over rolling seven days, one event in
-ten known three hours late. ``python -m bench.offline_windows`` prints them.
+of its own, over generated files in a temporary folder: a sum, a count and a maximum over rolling seven days, one event
+in ten known three hours late. ``python -m bench.offline_windows`` prints them.
 """
 
 from __future__ import annotations
