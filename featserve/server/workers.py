@@ -111,7 +111,7 @@ class Parent:
 
     def __init__(self, config: Config, parts: list[Part]) -> None:
         self._spares = Spares()
-        self._slots = [Slot(_share(config, part, len(parts)), part, self._spares) for part in parts]
+        self._slots = [Slot(share(config, part, len(parts)), part, self._spares) for part in parts]
         self._restarting: asyncio.Task[None] | None = None
 
     async def serve(self, ready: Callable[[], None]) -> None:
@@ -319,7 +319,7 @@ class Child:
             raise ServingError(f"{name} ended with exit code {code} before it served; its own messages say why")
 
 
-def _share(config: Config, part: Part, processes: int) -> Config:
+def share(config: Config, part: Part, processes: int) -> Config:
     """Return the settings of one process: its share of the caches, and a port of its own for metrics."""
     store, metrics = config.store, config.telemetry.prometheus_port
     store = replace(

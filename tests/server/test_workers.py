@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -21,6 +22,7 @@ from featserve._proto.serving_pb2_grpc import FeatureServingServiceStub
 from featserve.config import load_config
 from featserve.errors import ServingError, StoreLocked
 from featserve.server.app import run
+from featserve.server.workers import Part, cores, share
 from featserve.store import is_held
 from tests.server.messages import numbers, read_error, refusal, wide
 from tests.server.test_drain import stored
@@ -308,6 +310,17 @@ def test_nothing_acknowledged_is_lost_when_stopped_under_load(start_pair: Callab
         assert server.stop() == 0
         assert {work.result() for work in writing} <= {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
     assert all(stored(server, acknowledged))
+
+
+def test_what_processes_share(tmp_path: Path) -> None:
+    """The caches are shared out, and each process has a port of its own for metrics, unless any will do."""
+    project = Project(tmp_path)
+    project.configure(store={"block_cache_mb": 90, "row_cache_mb": 2}, telemetry={"prometheus_port": 9_000})
+    config = load_config(tmp_path)
+    shares = [share(config, Part(number, tmp_path / "writer"), 3) for number in range(3)]
+    assert {(s.store.block_cache_mb, s.store.row_cache_mb) for s in shares} == {(30, 1)}
+    assert [s.telemetry.prometheus_port for s in shares] == [9_000, 9_001, 9_002]
+    assert 1 <= cores() <= len(os.sched_getaffinity(0))
 
 
 def test_what_keeps_workers_from_starting_is_said(pair: Server) -> None:
