@@ -85,7 +85,7 @@ class ServerConfig:
     """``[server]``. Where it listens (``port`` 0: any free one), and the limits of everything that it takes on.
 
     ``workers``: processes that serve, 0 for one for each core; with one there is no writer beside it. The limits hold
-    for each. ``transport``: "grpcio"; "native", which is pygrpc-native; or "auto", the latter where it is installed.
+    for each. ``transport``: "grpcio"; "native", which is pygrpc-native; or "auto", whichever keeps every promise.
     ``default_deadline_ms``: for a request that carries none. ``drain_seconds``: how long requests in flight may take
     after SIGTERM. ``registry_poll_seconds``: how often it looks for a newly applied definition.
     ``max_future_skew_seconds``: how far ahead of the clock a written row's time may be.
