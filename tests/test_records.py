@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from datetime import datetime
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
 import pytest
 
 from featserve.batch import EventBatch
-from featserve.definitions import FeatureView
-from featserve.folding import fold
+from featserve.definitions import Aggregate, Calendar, Entity, EventSource, FeatureView, Field, Hopping, Rolling
+from featserve.errors import CorruptRow
+from featserve.folding import beyond, fold
 from featserve.records import RecordCodec
 from featserve.series import Pool, events_of
-from featserve.types import NEVER_US, column, to_us
+from featserve.types import NEVER_US, Column, Float64, Int64, String, column, to_us
 from tests.windows_model import Event, answers, distinct, make_history
 
 
@@ -79,3 +80,117 @@ def test_records_read_as_the_oracle_says(seed: int) -> None:
         world.check(keys, now_us)
         if later is not None:
             world.check(keys, int(rng.integers(now_us, later + 1)))
+
+
+HOUR, DAY = timedelta(hours=1), timedelta(days=1)
+USER = Entity("user", {"user_id": Int64})
+CLICKS = EventSource("clicks", [Field("user_id", Int64), Field("amount", Float64), Field("page", String)])
+
+
+def clicks_of(*aggregates: Aggregate) -> FeatureView:
+    return FeatureView("clicks", USER, events=CLICKS, aggregates=aggregates)
+
+
+def clicks(times_us: Sequence[int], pages: Sequence[str] | None = None) -> EventBatch:
+    """Return clicks of user 1 at these instants, known at once."""
+    many = len(times_us)
+    columns = {
+        "user_id": Column(Int64, np.ones(many, np.int64)),
+        "amount": Column(Float64, np.arange(many) / 7),
+        "page": column(String, pages or [f"page {i % 5}" for i in range(many)]),
+    }
+    times = np.array(times_us, np.int64)
+    return EventBatch(columns, times, times, np.arange(many))
+
+
+def folded(codec: RecordCodec, record: bytes, batch: EventBatch, now_us: int) -> tuple[bytes, str | None]:
+    """Return the record with the events of one entity, and what bound it is over."""
+    pool = Pool()
+    events = events_of(codec.layout, batch, np.zeros(len(batch), np.int64), pool)
+    state = fold(codec.layout, codec.decode([record], pool), events, now_us)
+    problem = beyond(codec.layout, state)
+    return codec.encode(state, pool)[0], problem and problem[0]
+
+
+def test_a_million_events_of_one_entity_stay_bounded() -> None:
+    """Hops and local days keep a struct for each bucket, however many events are in it; the answer is exact."""
+    view = clicks_of(
+        Aggregate("count", "count", over=Hopping(7 * DAY, HOUR)),
+        Aggregate("sum", "sum", "amount", over=Calendar(30, "day", "Europe/Berlin")),
+        Aggregate("last", "last", "page", over=Hopping(7 * DAY, HOUR)),
+        Aggregate("pages", "distinct_count", "page", over=Calendar(30, "day", "Europe/Berlin")),
+    )
+    codec, record = RecordCodec(view), RecordCodec(view).empty
+    now_us = to_us(datetime(2026, 3, 1, tzinfo=UTC))
+    every_us = 30 * 86_400_000_000 // 1_000_000
+    for start in range(0, 1_000_000, 250_000):
+        batch = clicks([now_us - every_us * (999_999 - i) for i in range(start, start + 250_000)])
+        record, problem = folded(codec, record, batch, now_us)
+        assert problem is None
+    assert len(record) < 16_384
+    rows = codec.read([record], now_us)
+    assert rows.column(Int64, codec.rows.place["count"], None).to_list() == [
+        sum(1 for i in range(1_000_000) if now_us - every_us * i >= now_us - 7 * 86_400_000_000)
+    ]
+    assert rows.column(Int64, codec.rows.place["pages"], None).to_list() == [5]
+
+
+def test_bounds_hold_exactly() -> None:
+    """As many events, or distinct values, as are declared fit; one more is told, and so is one that waits."""
+    view = clicks_of(
+        Aggregate("hour", "count", over=Rolling(HOUR, max_events=3)),
+        Aggregate("day", "count", over=Rolling(DAY, max_events=5)),
+        Aggregate("pages", "distinct_count", "page", over=Rolling(DAY), max_distinct=4),
+    )
+    codec = RecordCodec(view)
+    now_us = to_us(datetime(2026, 3, 1, tzinfo=UTC))
+    hour_us, same = 3_600_000_000, ["a"] * 9
+    assert folded(codec, codec.empty, clicks([now_us] * 3, same[:3]), now_us)[1] is None
+    assert "would hold 4 events of it; the most is max_events = 3" in str(
+        folded(codec, codec.empty, clicks([now_us] * 4, same[:4]), now_us)[1]
+    )
+    spread = [now_us - i * hour_us for i in range(6)]
+    assert folded(codec, codec.empty, clicks(spread[:5], same[:5]), now_us)[1] is None
+    assert "'day'" in str(folded(codec, codec.empty, clicks(spread, same[:6]), now_us)[1])
+    assert "'hour'" in str(folded(codec, codec.empty, clicks([now_us + 1] * 4, same[:4]), now_us)[1])
+    assert folded(codec, codec.empty, clicks(spread[:4], list("abcd")), now_us)[1] is None
+    assert "would hold 5 distinct values" in str(
+        folded(codec, codec.empty, clicks(spread[:5], list("abcde")), now_us)[1]
+    )
+
+
+def test_buckets_that_no_window_holds_are_let_go_of() -> None:
+    """A record does not grow with time; what is trimmed is counted from the newest event, not from the clock."""
+    view = clicks_of(
+        Aggregate("count", "count", over=Hopping(DAY, HOUR)), Aggregate("last", "last", "page", over=Rolling(DAY))
+    )
+    codec = RecordCodec(view)
+    record, sizes = codec.empty, []
+    start_us = to_us(datetime(2020, 1, 1, tzinfo=UTC))
+    for day in range(10):
+        times = [start_us + day * 86_400_000_000 + i * 3_600_000_000 for i in range(24)]
+        record, _ = folded(codec, record, clicks(times), to_us(datetime(2026, 1, 1, tzinfo=UTC)))
+        sizes.append(len(record))
+        assert codec.read([record], times[-1]).column(Int64, codec.rows.place["count"], None).to_list() == [
+            min(25, 24 * (day + 1))
+        ]
+    assert max(sizes[1:]) - min(sizes[1:]) <= 64
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda r: r[:-8], "bytes long and should be"),
+        (lambda r: r[:20], "truncated"),
+        (lambda r: b"", "starts with nothing"),
+        (lambda r: bytes(len(r)), "is not a featserve row"),
+        (lambda r: r[:2] + b"\0" + r[3:], "has format 1.0"),
+        (lambda r: r[:4] + b"abcd" + r[8:], "was written under another definition"),
+    ],
+)
+def test_damaged_records_are_named(damage: Callable[[bytes], bytes], words: str) -> None:
+    """A record that is truncated, foreign or of a plain row is refused, and what is wrong with it said."""
+    codec = RecordCodec(clicks_of(Aggregate("last", "last", "page", over=Rolling(DAY))))
+    record, _ = folded(codec, codec.empty, clicks([1, 2, 3]), 10)
+    with pytest.raises(CorruptRow, match=f"stored record 1 of the batch .*{words}"):
+        codec.read([record, damage(record)], 10)
