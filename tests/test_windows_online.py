@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,11 @@ from featserve.backfill import load_windows
 from featserve.batch import Arrival, EntityKeys
 from featserve.definitions import FeatureService, ParquetSource
 from featserve.engine import Engine
+from featserve.offline import open_engine
 from featserve.plan import Plans
 from featserve.store import OnlineStore, open_store
+from featserve.store.memory import MemoryStore
+from featserve.training import training_frame
 from featserve.types import NEVER_US, Float64, Timestamp, Type, column, from_us, to_us
 from tests.random_data import snapshot_of
 from tests.windows_model import Event, answers, make_history
@@ -37,6 +41,14 @@ def columns_of(types: dict[str, Type], events: Sequence[Event]) -> dict[str, Any
         for name, type_ in types.items()
         for values in [[e.values[name] for e in events]]
     }
+
+
+def write_history(folder: Path, types: dict[str, Type], events: Sequence[Event]) -> None:
+    """Write events to the file that ``HISTORY`` names."""
+    table = {name: column_to_arrow(col) for name, col in columns_of(types, events).items()}
+    for name in ("event_time", "known_at"):
+        table[name] = pa.array([getattr(e, f"{name}_us") for e in events], pa.int64()).cast(pa.timestamp("us"))
+    pq.write_table(pa.table(table), folder / "history.parquet")
 
 
 class Online(RuleBasedStateMachine):
@@ -86,10 +98,7 @@ class Online(RuleBasedStateMachine):
         """Load a history that has some more of the events, pushed or not; those not yet visible are left out."""
         self.written = min(self.written + events, len(self.history.events))
         come = self.history.events[: self.written]
-        table = {name: column_to_arrow(col) for name, col in columns_of(self.types, come).items()}
-        for name in ("event_time", "known_at"):
-            table[name] = pa.array([getattr(e, f"{name}_us") for e in come], pa.int64()).cast(pa.timestamp("us"))
-        pq.write_table(pa.table(table), Path(self.folder.name) / "history.parquet")
+        write_history(Path(self.folder.name), self.types, come)
         done = load_windows(self.store, self.plans.windows(self.view), Path(self.folder.name), self.now_us)
         assert done.rows_read == len(come)
         self.loaded = [e for e in come if e.available[0] <= self.now_us]
@@ -138,3 +147,35 @@ Online.TestCase.settings = settings(
     max_examples=15, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestOnline = Online.TestCase
+
+
+def same(a: Any, b: Any) -> bool:
+    """Say whether two values are one, floats to their ninth digit: how far sums may be apart, other tests hold."""
+    if isinstance(a, float) and isinstance(b, float):
+        return a == b or (np.isnan(a) and np.isnan(b)) or bool(np.isclose(a, b, rtol=1e-9, atol=1e-9))
+    return bool(a == b)
+
+
+def test_the_served_value_is_the_training_value(tmp_path: Path, rng: np.random.Generator) -> None:
+    """At one instant, records that were loaded as of it hold what a training frame has at it."""
+    for _ in range(3):
+        history = make_history(rng, source=HISTORY)
+        view, service = history.view, FeatureService("windows", [history.view], dtype=Float64)
+        assert view.events is not None
+        write_history(tmp_path, view.events.types, history.events)
+        plans, store = Plans(snapshot_of([view], [service])), MemoryStore()
+        asked = sorted({t for t, _ in history.asked})[::6]
+        keys = list(dict.fromkeys(key for _, key in history.asked if None not in key))
+        given = {name: [key[i] for key in keys] for i, name in enumerate(view.entity.keys)}
+        labels = {name: values * len(asked) for name, values in given.items()}
+        labels["at"] = [from_us(t) for t in asked for _ in keys]
+        with closing(open_engine("duckdb")) as engine:
+            frame = training_frame(engine, service, labels, "at", root=tmp_path).to_pydict()
+        for n, time_us in enumerate(asked):
+            load_windows(store, plans.windows(view), tmp_path, time_us)
+            matrix = Engine(store, plans).read(
+                plans.service("windows"), EntityKeys.of(given, view.entity.keys), time_us, as_of=True
+            )
+            for name, values in matrix.to_dict().items():
+                trained = frame[name][n * len(keys) : (n + 1) * len(keys)]
+                assert all(map(same, values, trained)), (time_us, name, values, trained)
