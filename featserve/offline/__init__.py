@@ -23,15 +23,17 @@ FIND_STEPS = 5
 
 
 class OfflineEngine(Protocol):
-    """Something that runs the SQL of ``offline.sql`` over Parquet files."""
+    """Something that runs the SQL of ``offline.sql`` and ``offline.windows`` over Parquet files."""
 
     def find(self, labels: Any, scans: Sequence[Scan], folder: Path, progress: Callable[[str], None]) -> Iterator[Any]:
         """Yield for each scan a pyarrow Table: the row that each label sees, in any order; none where there is none.
 
-        ``labels``: a pyarrow Table with int32 ``_row``, int64 ``_time`` and the key columns; null keys see nothing.
-        ``folder``: for temporary files. ``progress`` is called as each of ``FIND_STEPS`` steps begins. The tables have
-        the columns ``_row``, ``_event_time`` (int64) and the scan's features, where timestamps are int64 and vectors
-        lists. Raises SourceError for a file that cannot be read, TooLarge where memory or disk does not suffice.
+        Of a scan with an aggregation it is a row for each label, whose ``_event_time`` may be null. ``labels``: a
+        pyarrow Table with int32 ``_row``, int64 ``_time``, the key columns, of which null ones see nothing, and the
+        starts of windows, int64 ``_start_0`` and so on. ``folder``: for temporary files. ``progress`` is called as each
+        of ``FIND_STEPS`` steps begins. The tables have the columns ``_row``, ``_event_time`` (int64) and the scan's
+        features, where timestamps are int64 and vectors lists. Raises SourceError for a file that cannot be read,
+        TooLarge where memory or disk does not suffice.
         """
 
     def map_batches(self, function: Callable[[Any], Any], table: Any, schema: Any) -> Any:
