@@ -230,7 +230,7 @@ def _show_view(view: FeatureView) -> None:
     _show_facts(
         view,
         ("keys", columns_of(view.entity.keys.items())),
-        ("ttl", ttl(view.ttl_us)),
+        ("ttl", ttl(view.ttl_us) if view.events is None else ""),
         ("source", "none; its rows are only written online" if source is None else f"{source.format} {source.path}"),
         ("event time", "" if source is None else source.event_time),
         ("known at", known),
