@@ -34,7 +34,7 @@ durability = "process"
 [server]
 host = "127.0.0.1"
 port = 7070
-# workers = 1                    # processes that serve; by default one for each core, and one that writes
+# workers = 0                    # processes that serve; 0: one for each core
 # transport = "native"         # pygrpc-native instead of "grpcio": faster, for callers that are trusted
 # max_rows = 10000               # in one request
 # max_concurrent = 256           # requests at once; more are refused at once
