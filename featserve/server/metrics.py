@@ -107,8 +107,8 @@ def _observe(to: Any, meter: Meter, store: OnlineStore, follower: Follower | Non
     counter("featserve.rows.written", "{row}", "Rows written", lambda: _written(meter, 0))
     counter("featserve.rows.stored", "{row}", "Rows written that were the newest", lambda: _written(meter, 1))
     gauge("featserve.store.size", "By", "What the store takes on disk", lambda: [({}, store.size_bytes())])
-    lag = (lambda: 0.0) if follower is None else follower.lag_s
-    gauge("featserve.store.lag", "s", "How long ago it held all that was written", lambda: [({}, lag())])
+    lag_s: Callable[[], float] = (lambda: 0.0) if follower is None else follower.lag_s
+    gauge("featserve.store.lag", "s", "How long ago it held all that was written", lambda: [({}, lag_s())])
     counter("featserve.store.lookups", "{lookup}", "Look-ups in the store's caches", lambda: _lookups(store))
 
 
