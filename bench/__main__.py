@@ -25,6 +25,7 @@ from bench import (
     telemetry,
     transform,
     windows,
+    workers,
     writes,
 )
 from bench.report import ROOT, Figure
@@ -83,6 +84,7 @@ BENCHES: dict[str, tuple[str, Callable[[Path], list[Figure]]]] = {
     "bulk_load": ("Bulk load: 1 million rows of 50 float64, Parquet to served", bulk_load.measure),
     "server": ("Server: 50 float64 features, 1 million entities, 8 connections", server.measure),
     "native": ("pygrpc-native: 50 float64 features, hot rows, 8 connections", native.measure),
+    "workers": ("Workers: two on two cores with the generator, hot rows, 16 connections", workers.measure),
     "telemetry": ("Traces and metrics: requests per second beside none of them", telemetry.measure),
     "freshness": ("Freshness: from a write's acknowledgement to its being read elsewhere", freshness.measure),
     "in_process": ("In process: the same view, no server", in_process.measure),
@@ -96,7 +98,7 @@ BENCHES: dict[str, tuple[str, Callable[[Path], list[Figure]]]] = {
     "offline_join": ("Training join: 10 million rows, 1 million labels", temporal_join),
     "offline_windows": ("Training windows: 10 million events, 1 million labels, 7 days rolling", window_join),
 }
-PROJECT = ("bulk_load", "server", "native", "in_process", "memory", "overload", "writes")
+PROJECT = ("bulk_load", "server", "native", "workers", "in_process", "memory", "overload", "writes")
 """Those that use the project of a million entities."""
 
 

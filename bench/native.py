@@ -51,10 +51,10 @@ def measure(folder: Path) -> list[Figure]:
     return figures
 
 
-def loaded(address: str, body: Path) -> tuple[int, float]:
+def loaded(address: str, body: Path, connections: int = CONNECTIONS) -> tuple[int, float]:
     """Load a server with a request for a while; return the requests answered, and those per second."""
     command = [
-        *("h2load", "--threads=1", f"--clients={CONNECTIONS}", "--max-concurrent-streams=1"),
+        *("h2load", "--threads=1", f"--clients={connections}", "--max-concurrent-streams=1"),
         *(f"--duration={SECONDS}", "--header=content-type: application/grpc", "--header=te: trailers"),
         *(f"--data={body}", f"http://{address}{FULL_METHOD}GetFeatures"),
     ]

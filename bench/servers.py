@@ -45,19 +45,19 @@ class Server:
         self._process.stdout.close()
 
     def cpu_s(self) -> float:
-        """Return the seconds of processor time that it has taken."""
-        times = self._watched.cpu_times()
-        return float(times.user + times.system)
+        """Return the seconds of processor time that it has taken, with the processes that it has started."""
+        times = [process.cpu_times() for process in (self._watched, *self._watched.children(recursive=True))]
+        return float(sum(t.user + t.system for t in times))
 
     def memory_mb(self) -> float:
         """Return the memory that it holds (its resident set), in MiB."""
         return float(self._watched.memory_info().rss / 2**20)
 
 
-def ours(folder: Path, transport: str | None = None) -> Server:
-    """Return the server that a user starts, one process of it; ``transport``: instead of the project's."""
+def ours(folder: Path, transport: str | None = None, *, workers: int = 1) -> Server:
+    """Return the server that a user starts, with so many workers; ``transport``: instead of the project's."""
     chosen = [] if transport is None else ["--transport", transport]
-    arguments = ["serve", "--project", str(folder), "--port", "0", "--workers", "1", *chosen]
+    arguments = ["serve", "--project", str(folder), "--port", "0", "--workers", str(workers), *chosen]
     return Server("featserve" if transport is None else f"featserve, {transport}", "featserve", *arguments)
 
 
