@@ -62,7 +62,8 @@ class Aggregator:
     ``output``: its type. ``dtypes``: those of its partials. ``prepare``: the partials of n events, arrays of shape
     (n,), from their values of shape (n,) and their order. ``merge``: the partials of groups of consecutive rows, each
     of at least one, that begin at ``starts`` (int64). ``finalize``: values and, where some may be null, which are not;
-    both of shape (n,).
+    both of shape (n,). ``made_of``: the aggregates whose partials, one after the other, are its own; records that keep
+    those keep nothing for it.
     """
 
     output: Type
@@ -71,6 +72,7 @@ class Aggregator:
     merge: Callable[[Partials, Array], Partials]
     finalize: Callable[[Partials], tuple[Array, Mask | None]]
     sql: Sql
+    made_of: tuple[str, ...] = ()
 
 
 def _is_number(type: Type | None) -> bool:
@@ -159,6 +161,7 @@ def _mean(type: Type | None) -> Aggregator | None:
             _adding,
             lambda partials: (partials[1] / partials[0], None),
             Sql({"n": COUNT_SQL, "s": "SUM(CAST({x} AS DOUBLE))"}, {"n": "SUM({n})", "s": "SUM({s})"}, MEAN_SQL),
+            ("count", "sum"),
         )
     return Aggregator(
         Float64,
@@ -171,6 +174,7 @@ def _mean(type: Type | None) -> Aggregator | None:
             {"n": "SUM({n})", "s": "SUM({s})"},
             MEAN_SQL,
         ),
+        ("count", "sum"),
     )
 
 

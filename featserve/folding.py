@@ -176,7 +176,7 @@ def _merged(series: Series, one: Columns, other: Columns) -> list[Array]:
     columns: list[Array] = [a + b for a, b in zip(one[:counted], other[:counted], strict=True)]
     for measure in series.measures:
         mine, theirs = one[measure.count] > 0, other[measure.count] > 0
-        a, b = one[measure.parts], other[measure.parts]
+        a, b = ([side[part] for part in measure.parts] for side in (one, other))
         both = np.flatnonzero(mine & theirs)
         pairs = tuple(np.stack([x[both], y[both]], axis=1).ravel() for x, y in zip(a, b, strict=True))
         joined: Columns = a if not len(both) else measure.aggregator.merge(pairs, np.arange(0, 2 * len(both), 2))

@@ -173,8 +173,8 @@ class RecordCodec:
             return Column(type, count)
         measure, valid = place.measure, count > 0
         parts = [
-            _from_words(structs.words[:, 1 + measure.parts.start + i], dtype)
-            for i, dtype in enumerate(measure.aggregator.dtypes)
+            _from_words(structs.words[:, 1 + part], dtype)
+            for part, dtype in zip(measure.parts, measure.aggregator.dtypes, strict=True)
         ]
         if measure.coded:
             word = np.where(valid, parts[-1], 0)
@@ -239,7 +239,7 @@ class RecordCodec:
             columns: list[Array] = [_from_words(words[at + 1 + k], d) for k, d in enumerate(series.dtypes)]
             for measure in series.measures:
                 if measure.coded:
-                    last = measure.parts.stop - 1
+                    last = measure.parts[-1]
                     columns[last] = strings.codes(owner, columns[last], _there(series, measure, columns))
             runs.append(Run(owner, words[at], tuple(columns)))
         return State(
@@ -293,7 +293,7 @@ class RecordCodec:
             columns = list(run.columns)
             for measure in series.measures:
                 if measure.coded:
-                    columns[measure.parts.stop - 1] = next(strings)
+                    columns[measure.parts[-1]] = next(strings)
             for k, column in enumerate([run.number, *columns]):
                 out[at + k] = _to_words(column)
         waiting, ends = state.waiting, structs[:, -1]
@@ -313,7 +313,7 @@ class RecordCodec:
             for measure in series.measures:
                 if measure.coded:
                     there = _there(series, measure, run.columns)
-                    found.append((run.owner, run.columns[measure.parts.stop - 1], there))
+                    found.append((run.owner, run.columns[measure.parts[-1]], there))
         for i, (operand, values) in enumerate(zip(self.layout.operands, state.waiting.values, strict=True)):
             if operand.coded and values is not None:
                 found.append((state.waiting.owner, values, state.waiting.taken[:, i]))

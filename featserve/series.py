@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Self
 
 import numpy as np
@@ -25,6 +26,7 @@ from featserve.definitions import Calendar, Expression, FeatureView, Hopping, Ro
 from featserve.definitions.expression import evaluate, type_of
 from featserve.types import NEVER_US, Array, Column, Mask, Type
 
+COUNT = "count"
 MAX_WAITING = 10_000
 """The most events of one entity that may wait to become visible."""
 
@@ -47,13 +49,14 @@ class Operand:
 class Measure:
     """An aggregate without its window. ``count``: the column that counts its events; ``parts``: those of its partials.
 
-    Where the count is zero, the partials are anything. ``coded``: the last of them is a code.
+    Those of an aggregate that is made of others are theirs. Where the count is zero, the partials are anything.
+    ``coded``: the last of them is a code.
     """
 
     operand: int
     aggregator: Aggregator
     count: int
-    parts: slice
+    parts: tuple[int, ...]
     coded: bool
 
 
@@ -140,20 +143,25 @@ class _Draft:
             self.operands.append(operand)
         aggregator = AGGREGATES[function](type)
         assert aggregator is not None
-        if function != "count":  # which the operand's own column counts
+        for part in aggregator.made_of:
+            self.add(part, operand, window, type)
+        if function != COUNT:  # which the operand's own column counts
             self.aggregators.setdefault((function, operand), aggregator)
 
     def series(self, operands: Sequence[Operand]) -> tuple[Series, dict[tuple[str, int], Measure]]:
         dtypes = [INT64] * len(self.operands)
-        measures = {}
+        measures: dict[tuple[str, int], Measure] = {}
+        kept: list[Measure] = []
         for (function, operand), aggregator in self.aggregators.items():
-            parts = slice(len(dtypes), len(dtypes) + len(aggregator.dtypes))
             count = 0 if self.distinct is not None else self.operands.index(operand)
-            coded = operands[operand].coded
-            measures[function, operand] = Measure(operand, aggregator, count, parts, coded)
-            dtypes += aggregator.dtypes
-        found = Series(tuple(self.windows), tuple(self.operands), (*measures.values(),), (*dtypes,), self.distinct)
-        return found, measures
+            made_of = [(count,) if part == COUNT else measures[part, operand].parts for part in aggregator.made_of]
+            parts = tuple(chain(*made_of)) or tuple(range(len(dtypes), len(dtypes) + len(aggregator.dtypes)))
+            measure = Measure(operand, aggregator, count, parts, operands[operand].coded)
+            measures[function, operand] = measure
+            if not made_of:
+                kept.append(measure)
+                dtypes += aggregator.dtypes
+        return Series(tuple(self.windows), tuple(self.operands), (*kept,), (*dtypes,), self.distinct), measures
 
 
 def _compile(view: FeatureView) -> tuple[Any, ...]:
@@ -167,7 +175,7 @@ def _compile(view: FeatureView) -> tuple[Any, ...]:
         draft = drafts.setdefault(grains[-1], _Draft(distinct))
         draft.add(aggregate.function, operand, aggregate.over, operands[operand].type)
         if distinct is None and isinstance(aggregate.over, Rolling):
-            draft.add("count", 0, aggregate.over, None)  # max_events counts all
+            draft.add(COUNT, 0, aggregate.over, None)  # max_events counts all
     made = {grain: draft.series(operands) for grain, draft in drafts.items()}
     order = list(made)
     cuts: dict[tuple[int, Window], int] = {}
