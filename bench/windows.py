@@ -96,7 +96,10 @@ def measure(folder: Path) -> list[Figure]:
     folder = folder / "windows"
     make(folder)
     with servers.ours(folder) as server:
-        return [*compare(server), *beside_pushes(server)]
+        figures = compare(server)
+    # As users start it: workers that read, and one process that all events go to.
+    with Server("featserve", "featserve", "serve", "--project", str(folder), "--port", "0", "--workers", "2") as server:
+        return [*figures, *beside_pushes(server)]
 
 
 def make(folder: Path) -> None:
