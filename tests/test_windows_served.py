@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
@@ -17,6 +18,7 @@ import pytest
 import featserve
 from featserve.batch import Pushed
 from featserve.errors import FeatserveError, InvalidRequest, ServingError, UnknownName
+from tests.command_line import run
 from tests.serving import TRANSPORTS, Project, Server
 
 pytest_plugins = ["tests.served"]
@@ -56,6 +58,12 @@ seen = FeatureView("seen", user, events=visits, aggregates=[
 users = FeatureService("users", [spent, seen], dtype=Float64)
 shops = FeatureService("shops", [earned], dtype=Float64)
 """
+
+VISITS_IN_A_FILE = (
+    '[Field("user_id", Int64)])\nspent',
+    '[Field("user_id", Int64)], source=ParquetSource("orders.parquet", event_time="at"))\nspent',
+)
+"""What gives the source without an id files."""
 
 
 def orders(ids: Sequence[Any], **columns: list[Any]) -> dict[str, list[Any]]:
@@ -183,6 +191,27 @@ def test_history_and_pushes_make_one_count(project: Project) -> None:
         pq.write_table(table.slice(0, 0), project.folder / "orders.parquet")
         embedded.materialize("spent")
         assert embedded.get("users", {"user_id": [1]}).to_dict()["spent.orders"] == [4]
+
+
+def test_files_are_pushed_from_the_command_line(tmp_path: Path) -> None:
+    """`featserve push` counts a file here or on a server, and again counts nothing; `materialize --to` needs ids."""
+    project = Project.make(tmp_path, DEFINITIONS.replace(*VISITS_IN_A_FILE))
+    now, folder = datetime.now(UTC), tmp_path
+    pq.write_table(pa.table(orders(["1", "2"]) | {"at": [now] * 2}), folder / "orders.parquet")
+    (folder / "more.csv").write_text(f"user_id,shop,amount,order_id,when\n1,a,2.5,3,{now.isoformat()}\n")
+    pushed = run("push", "orders", folder / "orders.parquet", "--event-time", "at", "-C", folder).stdout
+    assert re.search(r"2 +2 +0 +0", pushed)
+    run("materialize", "spent", "-C", folder)
+    with Server(project) as server:
+        more = ("push", "orders@1", folder / "more.csv", "--event-time", "when", "-C", folder, "--to", server.address)
+        assert re.search(r"1 +1 +0 +0", run(*more).stdout)
+        assert re.search(r"1 +0 +1 +0", run(*more).stdout)
+        run("materialize", "spent", "--to", server.address, "-C", folder)
+        refused = run("materialize", "seen", "--to", server.address, "-C", folder, code=1)
+        assert "events of visits@1 have no event id" in " ".join(refused.output.split())
+        assert "order" in run("push", "ordrs", folder / "more.csv", "-C", folder, "--to", server.address, code=1).output
+        with server.client() as client:
+            assert client.get("users", {"user_id": [1]}).to_dict()["spent.sum"] == [4.5]
 
 
 class Pusher(threading.Thread):
