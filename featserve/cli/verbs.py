@@ -223,10 +223,10 @@ def materialize(ctx: click.Context, views: tuple[str, ...], folder: Path, as_of:
 def push(
     ctx: click.Context, source: str, file: Path, folder: Path, event_time: str, known_at: str | None, target: str | None
 ) -> None:
-    """Count the events of a Parquet or CSV file in the windows of every view over SOURCE.
+    """Count the events of a file in the windows of views.
 
-    SOURCE is an event source, name (its highest version) or name@version; FILE has its fields as columns. Events with
-    an id count once, so a file may be pushed again.
+    SOURCE is an event source, name (its highest version) or name@version: its events count in every view over it. FILE
+    is a Parquet or CSV file with its fields as columns. Events with an id count once, so a file may be pushed again.
 
     \b
     Examples:
