@@ -238,7 +238,7 @@ BAD_WRITES: dict[str, tuple[pb.WriteRowsRequest, grpc.StatusCode, str, set[str],
     ),
     "several things at once": (
         row(clicks=packed("clicks", "q", -1), rate=packed("rate", "d", 2.0)), INVALID, "INVALID_REQUEST",
-        {"rows[0].clicks", "rows[0].rate"}, "view activity@1",
+        {"rows[0].clicks", "rows[0].rate"}, "activity@1",
     ),
     "null key": (
         row(user_id=nulls(packed("user_id", "q", 0), False)), INVALID, "INVALID_REQUEST", {"rows[0].user_id"},
