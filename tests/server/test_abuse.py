@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from featserve._proto import serving_pb2 as pb
-from tests.server.messages import numbers, read_error, refusal, texts, wide
+from tests.server.messages import numbers, read_error, refusal, wide
 from tests.serving import PATIENCE_S, ROOT, Server, until
 
 pytest_plugins = ["tests.served"]
@@ -196,34 +196,3 @@ def test_memory_is_flat_however_many_requests_come(start: Callable[..., Server],
     before = load(10_000)
     assert load(requests) - before < 16 * MB
     assert server.stop() == 0
-
-
-@pytest.mark.slow
-def test_memory_does_not_grow_with_requests(start: Callable[..., Server], rng: np.random.Generator) -> None:
-    """Over 200,000 requests, a tenth of them refused, the server's memory stays level.
-
-    Few of them write, and one row each, as what is written stays in memory until it is flushed.
-    """
-    server = start(max_concurrent=1_000)
-    requests: list[tuple[str, Any]] = [("GetFeatures", wide(*rng.integers(1_000, size=4).tolist())) for _ in range(89)]
-    requests += [("GetFeatures", pb.GetFeaturesRequest(service="wide", keys=[texts("x", "y")])) for _ in range(10)]
-    requests.append(("WriteRows", numbers([1], 1.0)))
-    raw = [(PATH + method, request.SerializeToString()) for method, request in requests]
-    raw = [raw[i] for i in rng.permutation(len(raw))]
-
-    async def work(count: int) -> None:
-        async with grpc.aio.insecure_channel(server.address) as channel:
-
-            async def some(first: int) -> None:
-                for i in range(first, count, 32):
-                    path, data = raw[i % len(raw)]
-                    call: Any = channel.unary_unary(path)
-                    with suppress(grpc.aio.AioRpcError):
-                        await call(data)
-
-            await asyncio.gather(*(some(first) for first in range(32)))
-
-    asyncio.run(work(30_000))
-    before = server.memory_bytes()
-    asyncio.run(work(200_000))
-    assert server.memory_bytes() - before < 16 * MB
