@@ -122,6 +122,11 @@ def _whole(high: Array, low: Array) -> tuple[Array, Mask]:
     return (high << 32) + (low & 0xFFFFFFFF), (high >= -(2**31)) & (high < 2**31)
 
 
+def _rounded(high: Array, low: Array) -> Array:
+    """Return sums from their halves as float64, rounded once: low halves may have grown beyond what that holds."""
+    return np.asarray((high + (low >> 32)) * 2.0**32 + (low & 0xFFFFFFFF))
+
+
 def _sum(type: Type | None) -> Aggregator | None:
     if not _is_number(type):
         return None
@@ -168,7 +173,7 @@ def _mean(type: Type | None) -> Aggregator | None:
         (INT64, INT64, INT64),
         lambda values, order: (_ones(values), *_halves(values)),
         _adding,
-        lambda partials: ((partials[1] * 2.0**32 + partials[2]) / partials[0], None),
+        lambda partials: (_rounded(*partials[1:]) / partials[0], None),
         Sql(
             {"n": COUNT_SQL, "s": "SUM(CAST({x} AS DECIMAL(38, 0)))"},
             {"n": "SUM({n})", "s": "SUM({s})"},

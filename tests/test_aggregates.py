@@ -83,6 +83,18 @@ def test_numpy_form(rng: np.random.Generator, function: str, type: Type) -> None
         assert oracle(function, type, events).agrees(value), (function, values, value)
 
 
+@pytest.mark.parametrize("value", [-1, 1, -(2**31), 2**31 - 1])
+def test_sums_of_millions_of_integers_lose_nothing(value: int) -> None:
+    """The sum of more integers than float64 has room for the halves of is exact, and the mean as exact as a float."""
+    events = 2**22 + 1
+    values, none = np.full(events, value, np.int64), np.zeros(1, np.int64)
+    order = Order(values, values, values)
+    for function, expected in (("sum", events * value), ("mean", pytest.approx(value, rel=1e-15))):
+        made = made_of(function, Int64)
+        found, _ = made.finalize(made.merge(made.prepare(values, order), none))
+        assert found[0] == expected
+
+
 @pytest.mark.parametrize(("function", "type"), CASES)
 def test_sql_form(rng: np.random.Generator, function: str, type: Type) -> None:
     """Partials of any groups of events, merged and finalized in SQL, give the oracle's value; nulls are left out."""
