@@ -68,8 +68,7 @@ def test_records_read_as_the_oracle_says(seed: int) -> None:
     """Whatever the batches, their order and the clock, every aggregate over every kind of window is the oracle's."""
     rng = np.random.default_rng(seed)
     history = make_history(rng, asked=24)
-    assert history.view.events is not None
-    events = distinct(history.view.events, history.events)
+    events = distinct(history.view, history.events)
     world = World(history.view)
     rng.shuffle(events)
     clocks = sorted(t for t, _ in history.asked)

@@ -77,6 +77,7 @@ ROWS: list[tuple[int | None, str | None, float, str, float, float]] = [
     (1, "b", 3.0, "south", 10, 9),  # the same order once more
     (1, "c", 0.5, "west", 20, 0),
     (None, "d", 9.0, "north", 20, 0),
+    (None, "e", 9.0, "north", -2, 0),  # of nobody: it takes no one's place
     (2, "e", 7.0, "north", -1, 0),
 ]
 LABELS = {
@@ -131,8 +132,8 @@ def test_csv_and_a_delay(engine: OfflineEngine, tmp_path: Path) -> None:
 def test_events_that_break_a_constraint(engine: OfflineEngine, tmp_path: Path) -> None:
     """An event below a field's min, or without an id, refuses the frame and names the row."""
     for row, problem in (
-        ((1, "f", -1.0, "north", 0.0, 0.0), "rows[6].paid: -1.0 is less than the min 0.0"),
-        ((1, None, 1.0, "north", 0.0, 0.0), "rows[6].order_id: is null"),
+        ((1, "f", -1.0, "north", 0.0, 0.0), "rows[7].paid: -1.0 is less than the min 0.0"),
+        ((1, None, 1.0, "north", 0.0, 0.0), "rows[7].order_id: is null"),
     ):
         write(tmp_path, [*ROWS, row])
         with pytest.raises(SourceError) as refused:

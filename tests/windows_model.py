@@ -80,9 +80,8 @@ def answers(
 
     ``events``: all of the source, of any entity. ``key``: the entity's key values; a null among them has no events.
     """
-    assert view.events is not None
     seen = []
-    for event in distinct(view.events, events):
+    for event in distinct(view, events):
         is_ours = all(event.values[name] == value for name, value in zip(view.entity.keys, key, strict=True))
         if is_ours and None not in key and event.available[0] <= time_us:
             seen.append(event)
@@ -91,9 +90,11 @@ def answers(
     return newest, {a.name: aggregated(a, seen, time_us) for a in view.aggregates}
 
 
-def distinct(source: EventSource, events: Iterable[Event]) -> list[Event]:
-    """Return the events, of those with one id only the one that became available first."""
-    events = list(events)
+def distinct(view: FeatureView, events: Iterable[Event]) -> list[Event]:
+    """Return the events that have a view's keys, of those with one id only the one that became available first."""
+    source = view.events
+    assert source is not None
+    events = [event for event in events if all(event.values[name] is not None for name in view.entity.keys)]
     if source.event_id is None:
         return events
     first: dict[Any, Event] = {}
@@ -346,6 +347,8 @@ def make_history(
             twin = made[rng.integers(len(made))]
             event_time, values = twin.event_time_us, dict(twin.values)
             known_at = max(known_at, twin.known_at_us) if later_copies else _known_at(rng, event_time)
+            if rng.random() < 0.2:
+                values["user_id"] = None
         made.append(Event(event_time, known_at, sequence, values))
     times = [*instants, *(t for e in made for t in (e.known_at_us, e.known_at_us - 1))]
     keys = [pools[name] for name in view.entity.keys]

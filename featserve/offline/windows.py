@@ -83,7 +83,7 @@ def find_aggregates(scan: Scan, last_us: int, *, frames: bool) -> tuple[Steps, s
     steps: Steps = {"labels": _labels(scan, plan), "events": {}, "runs": {}, "blocks": {}}
     parts = [_Part("points", ())]
     if aggregation.event_id is not None:
-        steps["events"] |= _copies(quoted(aggregation.event_id))
+        steps["events"] |= _copies(quoted(aggregation.event_id), scan.keys)
     if frames:
         steps["events"]["framed"] = _framed(plan, _events(scan, plan, last_us, on_time), aggregation.delay_us)
         parts = [_Part("framed", [column for calls in plan.calls.values() for column in calls])]
@@ -161,14 +161,19 @@ def _labels(scan: Scan, plan: _Plan) -> dict[str, str]:
     }
 
 
-def _copies(event_id: str) -> dict[str, str]:
-    """Return the tables of repeated ids, and of the events with one that did not become available first."""
+def _copies(event_id: str, keys: Iterable[str]) -> dict[str, str]:
+    """Return the tables of repeated ids, and of the events with one that did not become available first.
+
+    An event without its entity's key is none of the view, and no copy.
+    """
+    has_key = " AND ".join(f"r.{quoted(key)} IS NOT NULL" for key in keys)
     return {
         "repeated": f"SELECT {event_id} AS _id FROM source_rows GROUP BY {event_id} HAVING COUNT(*) > 1",
         "copies": f"""
             SELECT _sequence FROM (
                 SELECT _sequence, ROW_NUMBER() OVER (PARTITION BY _id ORDER BY {AVAILABLE}, _sequence) AS _place
                 FROM source_rows AS r JOIN repeated AS i ON r.{event_id} = i._id
+                WHERE {has_key}
             ) AS c WHERE _place > 1""",
     }
 
