@@ -305,10 +305,10 @@ def test_following_a_server(following: Server) -> None:
 
         for i in range(50):
             rows = {"country": ["followed"], "zip": ["1"], "temp": [float(i)], "wind": [0.0]}
-            token = client.write("weather", rows, event_time=NOW - timedelta(seconds=60 - i)).token
+            token = client.write("weather@1", rows, event_time=NOW - timedelta(seconds=60 - i)).token
             as_of = embedded.get("compact", keys, at_least=token)
             assert as_of.column("weather.temp").to_list() == [float(i)]
-        client.write("weather", rows | {"temp": [99.0]}, event_time=NOW)
+        client.write("weather@1", rows | {"temp": [99.0]}, event_time=NOW)
         until("it is followed", lambda: temperature() == 99)
         with pytest.raises(InvalidRequest, match="is no token"):
             embedded.get("compact", keys, at_least="nonsense")

@@ -59,7 +59,7 @@ def test_what_a_definition_is_made_of_is_collected(tmp_path: Path) -> None:
 def test_lists_are_not_searched(tmp_path: Path) -> None:
     """Only the module's own variables count, and a file that has none says so."""
     text = WEATHER.replace("weather =", "views = [").rstrip() + "]\ndel airport\n"
-    with pytest.raises(DefinitionError, match=r"features\.py: there is no definition \(entity, event source, feature view"):
+    with pytest.raises(DefinitionError, match=r"features\.py: there is no definition \(entity, event source"):
         load(tmp_path, features=text)
 
 

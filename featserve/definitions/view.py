@@ -226,9 +226,9 @@ class FeatureView:
 
     @classmethod
     def from_dict(cls, d: Json) -> FeatureView:
-        source = d.get("source")
+        name, source = d["name"], d.get("source")
         return cls(
-            d["name"],
+            name,
             Entity.from_dict(d["entity"]),
             [Field.from_dict(f) for f in d.get("features", ())],
             ttl=None if d["ttl_us"] is None else timedelta(microseconds=d["ttl_us"]),

@@ -105,7 +105,7 @@ def test_reads_are_answered_beside_a_busy_writer(small: Server) -> None:
 def test_a_deadline_that_is_over_is_not_begun(small: Server) -> None:
     """A request for which no time is left is refused, and the connection goes on."""
     with small.stub() as stub:
-        error = refusal(lambda: stub.GetFeatures(wide(1), timeout=0))
+        error = refusal(lambda: stub.GetFeatures(wide(1), timeout=-1))
         assert error.code is grpc.StatusCode.DEADLINE_EXCEEDED
         assert stub.GetFeatures(wide(1), timeout=60).rows == 1
 

@@ -20,7 +20,7 @@ from tests.serving import DAMAGED, Project, Server
 
 pytest_plugins = ["tests.served"]
 
-NOW_US = now_us() + 60_000_000
+PAST_US = 1_700_000_000_000_000
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +28,9 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """Open a project with some rows in process; its clock stands still, so that an answer is one of bytes."""
     project = Project.make(tmp_path_factory.mktemp("together"))
     project.damage()
+    then_us = now_us() + 60_000_000
     with featserve.open(project.folder, write=True) as opened:
-        service = Service(opened.engine, Limits(10_000, 60_000_000), lambda: NOW_US)
+        service = Service(opened.engine, Limits(10_000, 60_000_000), lambda: then_us)
         writes = [numbers(range(20), 1.0), activity(1, now_us()), weather("de", "10115", 20.5, 3.25)]
         for write in [*writes, activity(2, now_us() - 10**10)]:
             service.write_rows(write.SerializeToString(), Call())
@@ -51,7 +52,7 @@ def special(rng: np.random.Generator) -> pb.GetFeaturesRequest:
         wide(1, include_event_times=True),
         wide(1, include_schema=True),
         wide(1, include_stages=True),
-        wide(1, as_of_us=NOW_US - 10**9),
+        wide(1, as_of_us=PAST_US),
         wide(1, at_least="nothing"),
         wide(),
         wide(*range(TOGETHER_BYTES // 8)),
