@@ -129,7 +129,7 @@ async def _listen(
     limits = Limits(config.server.max_rows, int(config.server.max_future_skew_seconds * 1_000_000))
     service = Service(engine, limits, clock_us)
     if part is not None and part.writes:
-        writer = GrpcioServer(service, config.server, telemetry)
+        writer = GrpcioServer(service, config.server, telemetry, for_workers=True)
         await writer.listen(f"unix:{part.socket}")
         return writer, None, str(part.socket)
     forward = None

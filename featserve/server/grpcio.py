@@ -21,7 +21,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from featserve.config import ServerConfig
 from featserve.errors import DeadlineExceeded, Overloaded, ServingError, invalid
-from featserve.server.forward import FORWARDED, Forward
+from featserve.server.forward import FORWARDED, TAKEN_KEY, Forward
 from featserve.server.meter import Load
 from featserve.server.service import READS, SERVICE_NAME, WRITE_STREAMS, WRITES, Call, Service, WriteStream
 from featserve.server.status import DETAILS_KEY, failed
@@ -55,15 +55,17 @@ class GrpcioServer:
         forward: Forward | None = None,
         *,
         beside: Load | None = None,
+        for_workers: bool = False,
     ) -> None:
         """Serve within the limits of ``config``; what another transport has on its hands, ``beside``, counts, too.
 
-        ``forward``: where writes go, instead of the store here.
+        ``forward``: where writes go, instead of the store here. ``for_workers``: callers are those, which send nothing
+        until they are told that a call is taken on.
         """
         self._service, self._telemetry, self._forward = service, telemetry, forward
         self._default_deadline_s = config.default_deadline_ms / 1_000
         self._most_bytes, self._most_calls, self._taken = config.max_message_mb << 20, config.max_concurrent, 0
-        self.load, self._beside = telemetry.load(), beside or Load()
+        self.load, self._beside, self._for_workers = telemetry.load(), beside or Load(), for_workers
         self._writer = ThreadPoolExecutor(1, "featserve-writer")
         self._health = Health(("", SERVICE_NAME))
 
@@ -148,6 +150,8 @@ class GrpcioServer:
             self.load.active += 1
             self._taken += 1
             try:
+                if self._for_workers:
+                    await context.send_initial_metadata(((TAKEN_KEY, "1"),))
                 return await handle(context)
             except grpc.aio.InternalError:  # what gRPC raises where the caller is gone
                 raise asyncio.CancelledError from None
