@@ -8,6 +8,7 @@ it, too. Reads no clock: ``as_of_us`` says which events count.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from featserve.errors import SourceError
 from featserve.folding import beyond, fold, reached, unite
 from featserve.materialize import Loaded, Progress, visible_batches
 from featserve.plan import WindowPlan
-from featserve.push import PUSHED, expiry_keys, ids_of, loaded_mark, over
+from featserve.push import PUSHED, Writes, expiry_keys, ids_of, loaded_mark, over, removed
 from featserve.series import Pool, State, events_of
 from featserve.store import Load, OnlineStore
 from featserve.types import NEVER_US, Array, Mask, concat
@@ -45,11 +46,25 @@ def load_windows(
         rows_read += read
         history.add(batch)
     with store.updating(), store.load() as load:
-        return Loaded(rows_read, _Backfill(store, plan, as_of_us).run(history.events(), load))
+        counted = _Backfill(store, plan, as_of_us).run(history.events(), load)
+    _forget(store, plan)
+    return Loaded(rows_read, counted)
+
+
+def _forget(store: OnlineStore, plan: WindowPlan) -> None:
+    """Remove the ids of earlier loads, which mean nothing any more."""
+
+    def change(found: Sequence[bytes | None]) -> Writes:
+        meant = (None, PUSHED, loaded_mark(found[0]))
+        return removed(store, plan, [name for name, mark in zip(part, found[1:], strict=True) if mark not in meant])
+
+    names = store.keys(plan.expiry, _after(plan.expiry))
+    while part := list(islice(names, LOOKED_UP)):
+        store.update([plan.load, *part], change)
 
 
 class _History:
-    """The events of a source that windows may still hold, each id once."""
+    """The events of a source that windows may still hold, and at last each id once."""
 
     def __init__(self, plan: WindowPlan) -> None:
         self._plan = plan
@@ -65,17 +80,26 @@ class _History:
         self._batches.append(batch.take(np.flatnonzero(has_key)))
         self._rows += len(self._batches[-1])
         if self._rows > 2 * self._kept + SLACK_ROWS:
-            self.events()
+            self._trimmed()
 
     def events(self) -> EventBatch | None:
-        """Return the events; None where no batch was added."""
+        """Return the events; None where no batch was added.
+
+        Ids are compared only now, so that what counts does not depend on the batches that came.
+        """
         if not self._batches:
             return None
+        batch = self._trimmed()
+        first = self._first_of_id(batch)
+        return batch if first.all() else batch.take(np.flatnonzero(first))
+
+    def _trimmed(self) -> EventBatch:
+        """Return the events that a window may still hold, and let go of the others."""
         batch = _joined(self._batches)
         owner = _numbers(key_ranks([batch.columns[name] for name in self._plan.view.entity.keys]))
         newest = np.full(int(owner.max(initial=-1)) + 1, NEVER_US)
         np.maximum.at(newest, owner, batch.event_time_us)
-        kept = reached(self._plan.codec.layout, newest, owner, batch.event_time_us) & self._first_of_id(batch)
+        kept = reached(self._plan.codec.layout, newest, owner, batch.event_time_us)
         if not kept.all():
             batch = batch.take(np.flatnonzero(kept))
         self._batches, self._rows, self._kept = [batch], len(batch), len(batch)
@@ -128,7 +152,7 @@ class _Backfill:
             marks = sorted(id_ for id_, _ in self._ids)
             load.add([plan.ids + id_ for id_ in marks], [self._mark] * len(marks))
             expiries = sorted(expiry for _, expiry in self._ids)
-            load.add(expiries, [b""] * len(expiries))
+            load.add(expiries, [self._mark] * len(expiries))
         load.add([plan.load], [self._loads])
         return counted
 
@@ -142,15 +166,17 @@ class _Backfill:
         found = self._store.read_many([plan.pushed + key for key in entities])
         state = codec.decode([record or codec.empty for record in found], pool)
         counts: Array = np.zeros(0, np.bool_)
+        batch: EventBatch | None = None
         if history is not None and len(rows):
             batch = history.take(rows)
             events = events_of(codec.layout, batch, owner, pool)
             empty = State.empty(codec.layout, len(entities))
             state = unite(codec.layout, fold(codec.layout, empty, events, self._as_of_us), state)
             counts = reached(codec.layout, state.newest_us, owner, batch.event_time_us)
-            if problem := beyond(codec.layout, state):
-                raise SourceError(f"{plan.view.source and plan.view.source.path}: {over(plan, problem, batch, owner)}")
             self._note_ids(batch, counts, owner, entities)
+        if problem := beyond(codec.layout, state):
+            path = plan.view.source and plan.view.source.path
+            raise SourceError(f"{path}: {over(plan, problem, entities, batch, owner)}")
         load.add([plan.records + key for key in entities], codec.encode(state, pool))
         return int(counts.sum())
 

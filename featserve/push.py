@@ -26,7 +26,10 @@ from featserve.windows import DAY_US, starts
 
 Writes = dict[bytes, bytes | None]
 PUSHED, LOADED = b"p", b"l"
-"""How the value of an id starts; of one that was loaded the number of the load follows, in seven bytes."""
+"""How the value of an id starts; of one that was loaded the number of the load follows, in seven bytes.
+
+The key by which it is found when its event is over has the same value; if not, the id is another event's by now.
+"""
 MAX_ID_BYTES = 31
 ENTITY_BYTES = 16
 SWEEPS = 16
@@ -97,20 +100,21 @@ class _Part:
         events = events_of(layout, self._batch.take(rows), self._owner[rows], pool)
         before, after = self._folded(plan.records, found, events, pool)
         if problem := beyond(layout, after):
-            raise over(plan, problem, self._batch, self._owner)
+            raise over(plan, problem, self._entities, self._batch, self._owner)
         counts = reached(layout, after.newest_us, events.owner, events.event_time_us)
         self.counted[self._rows[rows[counts]]] = True
         self.late[self._rows[rows[~counts]]] = True
         writes: Writes = dict(self._encoded(plan.records, after, pool))
         if plan.pushed is not None:
-            writes |= self._encoded(plan.pushed, self._folded(plan.pushed, found, events, pool)[1], pool)
+            pushed = self._folded(plan.pushed, found, events.take(counts), pool)[1]
+            writes |= self._encoded(plan.pushed, pushed, pool)
         if self._ids:
             kept = rows[counts]
             ids = [self._ids[row] for row in kept.tolist()]
-            writes |= dict.fromkeys([plan.ids + id_ for id_ in ids], PUSHED)
             times_us = self._batch.event_time_us[kept]
-            writes |= dict.fromkeys(expiry_keys(plan, self._entities, self._owner[kept], times_us, ids), b"")
             writes |= self._expired(store, before, after)
+            writes |= dict.fromkeys([plan.ids + id_ for id_ in ids], PUSHED)
+            writes |= dict.fromkeys(expiry_keys(plan, self._entities, self._owner[kept], times_us, ids), PUSHED)
         return writes
 
     def _fresh(self, found: Mapping[bytes, bytes | None]) -> Mask:
@@ -142,18 +146,18 @@ class _Part:
         return {prefix + key: row for key, row in zip(self._entities, rows, strict=True)}
 
     def _expired(self, store: OnlineStore, before: State, after: State) -> Writes:
-        """Return the removal of ids whose event no window of its entity can hold any more."""
+        """Return the removal of ids whose event no window of its entity can hold any more.
+
+        All that are there: a load may have moved the newest event on before.
+        """
         plan, layout = self._plan, self._plan.codec.layout
         old, new = sweeps(layout, before.newest_us), sweeps(layout, after.newest_us)
         moved = np.flatnonzero((new > old) & (before.newest_us > NEVER_US))
-        removed: Writes = {}
-        for entity, first, end in zip(moved.tolist(), old[moved].tolist(), new[moved].tolist(), strict=True):
+        names: list[bytes] = []
+        for entity, end in zip(moved.tolist(), new[moved].tolist(), strict=True):
             key = self._entities[entity]
-            start, stop = expiry_keys(plan, [key], np.zeros(2, np.int64), np.array([first, end]), [b"", b""])
-            for name in store.keys(start, stop):
-                removed[name] = None
-                removed[plan.ids + name[len(plan.expiry) + ENTITY_BYTES + 8 :]] = None
-        return removed
+            names += store.keys(*expiry_keys(plan, [key], np.zeros(2, np.int64), np.array([NEVER_US, end]), [b"", b""]))
+        return removed(store, plan, names)
 
 
 def owners(columns: Sequence[Column]) -> tuple[list[bytes], Int64s]:
@@ -188,6 +192,14 @@ def expiry_keys(
     return [prefixes[i] + time + id_ for i, time, id_ in zip(owner.tolist(), times, ids, strict=True)]
 
 
+def removed(store: OnlineStore, plan: WindowPlan, expiries: Sequence[bytes]) -> Writes:
+    """Return the removal of expiry keys, and of the ids that are still of the same events."""
+    ids = [plan.ids + name[len(plan.expiry) + ENTITY_BYTES + 8 :] for name in expiries]
+    marks = store.read_many([*expiries, *ids])
+    same = zip(ids, marks[: len(ids)], marks[len(ids) :], strict=True)
+    return dict.fromkeys([*expiries, *(id_ for id_, one, other in same if one == other)])
+
+
 def sweeps(layout: Layout, newest_us: Int64s) -> Int64s:
     """Return the instants before which ids were looked through, for entities with these newest events."""
     windows = {window for _, window in layout.cuts}
@@ -203,10 +215,15 @@ def _length_us(window: Window) -> int:
     return window.duration_us
 
 
-def over(plan: WindowPlan, problem: tuple[str, int], batch: EventBatch, owner: Int64s) -> InvalidRequest:
+def over(
+    plan: WindowPlan, problem: tuple[str, int], entities: Sequence[bytes], batch: EventBatch | None, owner: Int64s
+) -> InvalidRequest:
     """Return the error for an entity that would be over a bound. ``owner``: the entity of each event of ``batch``."""
     what, entity = problem
     row = np.flatnonzero(owner == entity)[:1]
-    keys = plan.view.entity.keys
-    shown = ", ".join(f"{name}={batch.columns[name].take(row).to_list()[0]!r}" for name in keys)
+    if batch is None or not len(row):
+        shown = f"with the key 0x{entities[entity].hex()}"
+    else:
+        keys = plan.view.entity.keys
+        shown = ", ".join(f"{name}={batch.columns[name].take(row).to_list()[0]!r}" for name in keys)
     return invalid("rows", f"view {plan.view.id}, {plan.view.entity.name} {shown}: {what}")
