@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,15 @@ import featserve
 from featserve._proto import serving_pb2 as pb
 from featserve._proto.serving_pb2_grpc import FeatureServingServiceStub
 from featserve.config import load_config
-from featserve.errors import ServingError, StoreLocked
+from featserve.errors import Overloaded, ServingError, StoreLocked
 from featserve.server.app import run
 from featserve.server.workers import Part, cores, share
 from featserve.store import is_held
-from tests.server.messages import numbers, read_error, refusal, wide
+from tests.server.messages import numbers, refusal, wide
 from tests.server.test_drain import stored
+from tests.server.test_forward import VISITS, visit
 from tests.server.watched import fetch, watched
-from tests.serving import PATIENCE_S, TRANSPORTS, Project, Server, until
+from tests.serving import DEFINITIONS, PATIENCE_S, TRANSPORTS, Project, Server, until
 
 pytest_plugins = ["tests.served"]
 
@@ -37,7 +38,7 @@ PRESENT, NOT_FOUND = b"\x01", b"\x03"
 
 
 def make(folder: Path, transport: str, store: dict[str, Any] | None = None, **server: Any) -> Project:
-    project = Project.make(folder)
+    project = Project.make(folder, DEFINITIONS + VISITS)
     caches = {"block_cache_mb": 8, "row_cache_mb": 3}
     project.configure(store=caches | (store or {}), server={"port": 0, "workers": 2} | TRANSPORTS[transport] | server)
     return project
@@ -70,11 +71,11 @@ def processes(server: Server) -> dict[int, int]:
 
 
 class Load(threading.Thread):
-    """Reads and writes through the client until told to stop. ``failed``: what any call raised."""
+    """Reads and writes through the client until told to stop; ``pushes``, too. ``failed``: what any call raised."""
 
-    def __init__(self, server: Server, user: int) -> None:
+    def __init__(self, server: Server, user: int, pushes: bool) -> None:
         super().__init__()
-        self._server, self._user = server, user
+        self._server, self._user, self._pushes = server, user, pushes
         self.stop, self.calls, self.failed = threading.Event(), 0, list[Exception]()
 
     def run(self) -> None:
@@ -88,14 +89,24 @@ class Load(threading.Thread):
                     found = client.get("compact", keys, at_least=token).column("weather.temp").to_list()
                     assert found == [float(self.calls)]
                     self.calls += 1
+                    if self._pushes:
+                        token = self.push(client, at)
+                        visits = client.get("users", {"user_id": [self._user]}, at_least=token)
+                        assert visits.column("seen.n").to_list() == [self.calls]
                 except Exception as error:  # noqa: BLE001 - shown by who stops it
                     self.failed.append(error)
 
+    def push(self, client: featserve.Client, at: list[int]) -> str:
+        """Push an event, again where a worker that stops has not begun with it; return the token."""
+        while True:
+            with suppress(Overloaded):  # as which the client tells grpcio's CANCELLED
+                return client.push("visits", {"user_id": [self._user]}, event_time=at).token
+
 
 @contextmanager
-def loaded(server: Server) -> Iterator[list[Load]]:
-    """Run while clients read and write; no call of theirs may fail."""
-    loads = [Load(server, user) for user in range(3)]
+def loaded(server: Server, *, pushes: bool = False) -> Iterator[list[Load]]:
+    """Run while clients read and write, and maybe push; no call of theirs may fail, and no event count twice."""
+    loads = [Load(server, user, pushes) for user in range(3)]
     for load in loads:
         load.start()
     until("all are at work", lambda: min(load.calls for load in loads) > 5)
@@ -233,28 +244,28 @@ def test_a_killed_worker_is_replaced(start_pair: Callable[..., Server]) -> None:
 
 @pytest.mark.slow
 def test_a_killed_writer_is_replaced(start_pair: Callable[..., Server]) -> None:
-    """While there is no writer, reads go on and writes are refused as UNAVAILABLE, which the client repeats."""
+    """While there is no writer, reads go on and writes wait for the next one; what went with it the client repeats."""
     server = start_pair()
     with stubs(server, ("grpc.enable_retries", 0)) as all_stubs:
         token = all_stubs[0].WriteRows(numbers([1], 1.0)).token
         with loaded(server):
             killed = processes(server)[0]
             psutil.Process(killed).kill()
-            refused = all_stubs[0].WriteRows.future(numbers([2], 1.0), timeout=PATIENCE_S).exception()
+            until("it is gone", lambda: not psutil.pid_exists(killed))
+            waiting = all_stubs[0].PushEvents.future(pb.PushEventsRequest.FromString(visit(7)), timeout=PATIENCE_S)
             while processes(server)[0] == killed:
                 for stub in all_stubs:
                     assert stub.GetFeatures(wide(1, at_least=token)).status == PRESENT
-        assert read_error(refused).code is grpc.StatusCode.UNAVAILABLE
-        assert "the process that writes the store is being started again" in read_error(refused).message
+        assert waiting.result().counted == 1
     assert server.stop() == 0
 
 
 @pytest.mark.slow
 def test_a_rolling_restart_fails_no_call(start_pair: Callable[..., Server]) -> None:
-    """Under load every process is replaced by another, and every call of the clients succeeds."""
+    """Under load every process is replaced by another, and every call of the clients succeeds, pushes too."""
     server = start_pair()
     before = processes(server)
-    with loaded(server):
+    with loaded(server, pushes=True):
         server.signal(signal.SIGUSR2)
         server.signal(signal.SIGUSR2)  # once is enough
         until("it is over", lambda: [e for e in server.events() if e["message"] == "restarted"], 2 * PATIENCE_S)
