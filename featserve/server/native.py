@@ -61,10 +61,12 @@ class Waiting(NamedTuple):
 class Turn:
     """A call whose turn has come, with what is left of its deadline, watched from here on."""
 
-    __slots__ = ("call", "call_id", "data", "method", "watch")
+    __slots__ = ("call", "call_id", "caught_up", "data", "method", "watch")
 
     def __init__(self, telemetry: Telemetry, call_id: int, waiting: Waiting) -> None:
         self.call_id = call_id
+        self.caught_up: Future[None] | None = None
+        """What it has to wait for."""
         self.method, self.data, metadata, taken_s, remaining_s = waiting
         waited_s = time.monotonic() - taken_s
         self.call = Call(metadata, remaining_s - waited_s)
@@ -208,18 +210,19 @@ class NativeServer:
             return {}  # alone, each says what is wrong with it
         return {turn.call_id: answer for turn, answer in zip(asking, answers, strict=True)}
 
-    def _answer(self, turn: Turn, answer: bytes | None = None, caught_up: Future[None] | None = None) -> None:
-        """Answer a call; ``answer``: where that was made already; ``caught_up``: what it had to wait for."""
+    def _answer(self, turn: Turn, answer: bytes | None = None) -> None:
+        """Answer a call; ``answer``: where that was made already."""
         call_id = turn.call_id
         try:
             with turn.watch:
-                if caught_up is not None:
-                    caught_up.result()
+                if turn.caught_up is not None:
+                    turn.caught_up.result()
                 if answer is None:
                     answer = METHODS[turn.method][1](self._service, turn.data, turn.call)
         except Behind as behind:
+            turn.caught_up = behind.caught_up
             self._late[call_id] = turn
-            behind.caught_up.add_done_callback(partial(self._answer_late, call_id))
+            turn.caught_up.add_done_callback(partial(self._answer_late, call_id))
             return
         except Exception as error:  # noqa: BLE001 - the top of a request
             self._front.fail(call_id, *_encoded(failed(error)))
@@ -232,7 +235,7 @@ class NativeServer:
     def _answer_late(self, call_id: int, caught_up: Future[None]) -> None:
         """Answer a read, once the store holds the write that it asks for, or its time is over."""
         if (turn := self._late.pop(call_id, None)) is not None:
-            self._answer(turn, caught_up=caught_up)
+            self._answer(turn)
             self._count()
 
     def _expire(self, now_s: float) -> None:
@@ -251,6 +254,8 @@ class NativeServer:
             if waiting is None:
                 return False
             turn = Turn(self._telemetry, call_id, waiting)
+        if turn.caught_up is not None:
+            turn.caught_up.cancel()
         with suppress(CancelledError), turn.watch:
             raise CancelledError
         return True

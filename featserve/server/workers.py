@@ -39,7 +39,8 @@ STARTING_S = 120.0
 STEADY_S = 30.0
 """A process that has served for so long did not die of how it was started."""
 MOST_DEATHS = 6
-FIRST_DELAY_S = 0.2
+"""After so many deaths in a row all is given up, where no worker serves."""
+FIRST_DELAY_S, LONGEST_DELAY_S = 0.2, 30.0
 """The second death in a row is followed by a delay, each further one by twice that; the first one by none."""
 KILLED_AFTER_S = 5.0
 """How much longer than its drain a process may take to end."""
@@ -111,7 +112,8 @@ class Parent:
 
     def __init__(self, config: Config, parts: list[Part]) -> None:
         self._spares = Spares()
-        self._slots = [Slot(share(config, part, len(parts)), part, self._spares) for part in parts]
+        self._slots = [Slot(share(config, part, len(parts)), part, self._spares, self._serves) for part in parts]
+        self._ready = asyncio.Event()
         self._restarting: asyncio.Task[None] | None = None
 
     async def serve(self, ready: Callable[[], None]) -> None:
@@ -121,6 +123,7 @@ class Parent:
         first, *others = await _together(self._spares.load() for _ in self._slots)
         await writer.start(first)  # makes the store that the others follow
         await _together(worker.start(child) for worker, child in zip(workers, others, strict=True))
+        self._ready.set()
         ready()
         await _together(slot.keep() for slot in self._slots)
 
@@ -134,9 +137,15 @@ class Parent:
         if self._restarting is None or self._restarting.done():
             self._restarting = asyncio.create_task(self._restart())
 
+    def _serves(self) -> bool:
+        """Say whether a worker serves."""
+        return any(slot.serves for slot in self._slots[1:])
+
     async def _restart(self) -> None:
+        await self._ready.wait()
         writer, *workers = self._slots
         log.info("restarting", extra={"processes": len(self._slots)})
+        self._spares.renew()
         try:
             for slot in (*workers, writer):
                 await slot.replace()
@@ -170,12 +179,16 @@ async def _together(work: Iterable[Coroutine[Any, Any, Answer]]) -> list[Answer]
 class Slot:
     """One place among the processes, and the process that is in it now."""
 
-    def __init__(self, config: Config, part: Part, spares: Spares) -> None:
-        self._config, self._part, self._spares = config, part, spares
+    def __init__(self, config: Config, part: Part, spares: Spares, any_serves: Callable[[], bool]) -> None:
+        self._config, self._part, self._spares, self._any_serves = config, part, spares, any_serves
         self._limit_s = config.server.drain_seconds + KILLED_AFTER_S
         self._changing = asyncio.Lock()
         self._child: Child | None = None
         self._all: list[Child] = []
+
+    @property
+    def serves(self) -> bool:
+        return self._child is not None and self._child.process.returncode is None
 
     async def start(self, child: Child) -> None:
         """Tell a process that it is the one in this place, and wait until it serves."""
@@ -187,7 +200,7 @@ class Slot:
         self._child = child
 
     async def keep(self) -> None:
-        """Start a process again that dies. Raises ServingError where that happens again and again."""
+        """Start a process again that dies. Raises ServingError where that is of no use, and no worker is left."""
         deaths = 0
         while True:
             child = self._child
@@ -202,8 +215,9 @@ class Slot:
 
     async def _start_again(self, deaths: int) -> int:
         """Start another process after so many have died in a row; return how many have by then."""
-        while deaths < MOST_DEATHS:
-            await asyncio.sleep(FIRST_DELAY_S * 2 ** (deaths - 2) if deaths > 1 else 0)
+        while deaths < MOST_DEATHS or self._any_serves():
+            doubled = min(deaths - 2, 10)  # no further: it is a number that grows
+            await asyncio.sleep(min(FIRST_DELAY_S * 2**doubled, LONGEST_DELAY_S) if deaths > 1 else 0)
             try:
                 await self.start(await self._spares.take())
                 return deaths
@@ -264,16 +278,28 @@ class Spares:
         task = self._next
         assert task is not None
         self.prepare()
-        child = await task
-        return child if child.process.returncode is None else await self.load()
+        with suppress(ServingError):  # of then, not of now
+            child = await task
+            if child.process.returncode is None:
+                return child
+        return await self.load()
+
+    def renew(self) -> None:
+        """Discard the one that is loaded, and begin to load the next one: with the code that is now on the disk."""
+        assert self._next is not None
+        self._next.add_done_callback(_discard)
+        self.prepare()
 
     async def load(self) -> Child:
-        """Start a process, and wait until it has loaded its modules."""
+        """Start a process, and wait until it has loaded its modules. Raises ServingError."""
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(PACKAGES), os.environ.get("PYTHONPATH", "")])}
-        process = await asyncio.create_subprocess_exec(
-            # Whatever lies in the current folder is no module of ours, and Ctrl-C in a terminal is for the parent.
-            sys.executable, "-P", "-m", MODULE, stdin=PIPE, stdout=PIPE, env=environment, process_group=0
-        )  # fmt: skip
+        try:
+            process = await asyncio.create_subprocess_exec(
+                # Whatever lies in the current folder is no module of ours, and Ctrl-C in a terminal is for the parent.
+                sys.executable, "-P", "-m", MODULE, stdin=PIPE, stdout=PIPE, env=environment, process_group=0
+            )  # fmt: skip
+        except OSError as error:
+            raise ServingError(f"cannot start a process: {error}") from None
         child = Child(process)
         self._all = [c for c in self._all if c.process.returncode is None] + [child]
         await child.said("a new process")
@@ -287,6 +313,12 @@ class Spares:
         for child in self._all:
             child.send(signal.SIGKILL)
             await child.process.wait()
+
+
+def _discard(loading: asyncio.Task[Child]) -> None:
+    """End the process of a task that has loaded one."""
+    if not loading.cancelled() and loading.exception() is None:
+        loading.result().send(signal.SIGKILL)
 
 
 @dataclass(slots=True)

@@ -97,11 +97,11 @@ class Follower:
                 self._keep()
 
     def _keep(self) -> None:
-        """Keep the promises that the store now keeps, and break those whose time is over."""
+        """Keep the promises that the store now keeps, break those whose time is over, and forget those cancelled."""
         held, now_s = self._store.sequence(), time.monotonic()
         with self._lock:
             waiting, self._waiting = self._waiting, []
-            self._waiting += [w for w in waiting if held < w[0] and now_s < w[1]]
+            self._waiting += [w for w in waiting if held < w[0] and now_s < w[1] and not w[2].cancelled()]
         for sequence, ends_s, promise in waiting:
             if held < sequence and now_s < ends_s:
                 continue

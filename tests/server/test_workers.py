@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +25,7 @@ from featserve._proto.serving_pb2_grpc import FeatureServingServiceStub
 from featserve.config import load_config
 from featserve.errors import Overloaded, ServingError, StoreLocked
 from featserve.server.app import run
-from featserve.server.workers import Part, cores, share
+from featserve.server.workers import MOST_DEATHS, Part, Spares, cores, share
 from featserve.store import is_held
 from tests.server.messages import numbers, refusal, wide
 from tests.server.test_drain import stored
@@ -275,16 +278,33 @@ def test_a_rolling_restart_fails_no_call(start_pair: Callable[..., Server]) -> N
 
 
 @pytest.mark.slow
+def test_a_worker_that_cannot_start_takes_down_no_other(start_pair: Callable[..., Server]) -> None:
+    """A process that cannot be started is tried ever later, as long as a worker serves, and is back once it can be."""
+    server = start_pair()
+    registry = server.project.folder / ".featserve" / "registry.db"
+    sound, killed = registry.read_bytes(), processes(server)[1]
+    registry.write_bytes(b"no database" * 1_000)
+    began = time.monotonic()
+    psutil.Process(killed).kill()
+    until("it was tried often", lambda: server.events()[-1].get("times", 0) > MOST_DEATHS)
+    assert time.monotonic() - began > 0.2 + 0.4 + 0.8 + 1.6 + 3.2
+    with server.stub() as stub:
+        assert stub.GetFeatures(wide(1)).status == NOT_FOUND
+    registry.write_bytes(sound)
+    until("it is back", lambda: processes(server)[1] != killed)
+    assert server.stop() == 0
+
+
+@pytest.mark.slow
 def test_a_crash_loop_ends(start_pair: Callable[..., Server]) -> None:
-    """A process that cannot be started again is tried a few times, ever later, and then all end with an error."""
+    """Where no worker serves and none can be started, all end with an error, after a few attempts."""
     server = start_pair()
     registry = server.project.folder / ".featserve" / "registry.db"
     registry.write_bytes(b"no database" * 1_000)
-    began = time.monotonic()
-    psutil.Process(processes(server)[1]).kill()
+    for number in (1, 2):
+        psutil.Process(processes(server)[number]).kill()
     assert server.process.wait(4 * PATIENCE_S) == 1
-    assert "worker 1 died 6 times in a row" in server.log.read_text()
-    assert time.monotonic() - began > 0.2 + 0.4 + 0.8
+    assert re.search(r"worker [12] died 6 times in a row", server.log.read_text())
     assert not is_held(server.project.store)
 
 
@@ -357,3 +377,25 @@ def test_each_worker_has_metrics(transport: str, tmp_path: Path) -> None:
             text = fetch(event["address"])
             assert f'service_instance_id="{event["worker"]}"' in text
             assert ("featserve_store_lag_seconds " in text) == (event["worker"] > 0)
+
+
+def test_spares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A spare that could not be started fails nobody who asks later; one of before a deploy is given to nobody."""
+
+    async def scenario() -> None:
+        spares = Spares()
+        with monkeypatch.context() as broken:
+            broken.setattr(sys, "executable", "/nowhere")
+            spares.prepare()
+            with pytest.raises(ServingError, match="cannot start a process"):
+                await spares.load()
+        first = await spares.take()
+        assert first.process.returncode is None
+        assert spares._next is not None
+        old = await spares._next
+        spares.renew()
+        assert await spares.take() is not old
+        assert await old.process.wait() == -signal.SIGKILL
+        await spares.end()
+
+    asyncio.run(scenario())

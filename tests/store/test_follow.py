@@ -11,7 +11,9 @@ import pytest
 
 from featserve.errors import StoreError
 from featserve.store import open_store
+from featserve.store.follow import Follower
 from featserve.store.rocksdb import RocksStore
+from tests.serving import until
 
 KEYS = [b"key %04d" % i for i in range(400)]
 
@@ -161,4 +163,16 @@ def test_what_a_follower_may_not(tmp_path: Path) -> None:
     assert not notes.exists()
     with pytest.raises(StoreError, match="closed"):
         follower.catch_up()
+    writer.close()
+
+
+def test_a_wait_that_is_cancelled_is_forgotten(tmp_path: Path) -> None:
+    """Of waits without an end, those that nobody waits for any more leave nothing behind."""
+    writer, store = opened(tmp_path / "store", "write"), opened(tmp_path / "store", "follow")
+    follower = Follower(store, 0.002)
+    waits = [follower.reached(writer.sequence() + 1_000_000, float("inf")) for _ in range(100)]
+    assert all(wait.cancel() for wait in waits)
+    until("they are forgotten", lambda: not follower._waiting, 10)
+    follower.close()
+    store.close()
     writer.close()
