@@ -188,7 +188,7 @@ class GrpcioServer:
             if call.record is not None and call.record.stages is not None:
                 call.record.stages.begin("forward")
             limit_s = call.remaining_s if name in WRITES else remaining_s  # a stream may go on for ever
-            return await forward.call(name, call.metadata, partial(message, context), limit_s)
+            return await forward.call(name, self._telemetry.passed_on(call), partial(message, context), limit_s)
 
     async def _in_writer(self, method: Callable[[bytes, Call], Answer], data: bytes, call: Call) -> Answer:
         """Run ``method`` in the writer thread when its turn comes, with what is then left of the deadline."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from asyncio import CancelledError
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter_ns
 from types import TracebackType
@@ -92,6 +93,12 @@ class Telemetry:
             watch.ages = begun_ns >= self.meter.ages_due_ns
         return watch
 
+    def passed_on(self, call: Call) -> Iterable[tuple[str, str | bytes]]:
+        """Return the metadata of a watched call for another process of this server: one decision holds for both."""
+        if self.tracing is None:
+            return call.metadata
+        return self.tracing.passed_on(call.metadata, call.record.trace if isinstance(call.record, _Watch) else None)
+
     async def watch_loop(self) -> None:
         """Count how late the event loop is, until cancelled."""
         while self.meter is not None:
@@ -117,7 +124,7 @@ class _Watch(Record):
     """The record of a watched request, while it runs; ``trace`` is None where it is only counted."""
 
     def __init__(self, telemetry: Telemetry, trace: Trace | None, method: str, begun_ns: int) -> None:
-        self._telemetry, self._trace, self._method, self._begun_ns = telemetry, trace, method, begun_ns
+        self._telemetry, self.trace, self._method, self._begun_ns = telemetry, trace, method, begun_ns
 
     def __enter__(self) -> None:
         pass
@@ -132,9 +139,9 @@ class _Watch(Record):
             code = self._failed(error)
         if telemetry.meter is not None:
             telemetry.meter.add(self._method, CODES[code], self._begun_ns, perf_counter_ns(), self)
-        if self._trace is not None and telemetry.tracing is not None:
-            self._trace.stages.end()
-            _end(telemetry.tracing, self._trace, self._method, code, self)
+        if self.trace is not None and telemetry.tracing is not None:
+            self.trace.stages.end()
+            _end(telemetry.tracing, self.trace, self._method, code, self)
 
     def _failed(self, error: BaseException | None) -> int:
         """Note what a request failed with; return its status code."""

@@ -32,6 +32,8 @@ TRACEPARENT = re.compile(
     r"(?:00(?=.{53}\Z)|(?!00|ff)[0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?"
 )
 SAMPLED = 1
+NOT_RECORDED = f"00-{1:032x}-{1:016x}-00"
+"""Says of a request that it is not recorded, and nothing else."""
 
 SCOPE = InstrumentationScope("featserve")
 
@@ -40,8 +42,9 @@ Metadata = Iterable[tuple[str, str | bytes]]
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """A request that is recorded: its stages, and the caller's span where it has one."""
+    """A request that is recorded: its span, the caller's where it has one, and its stages."""
 
+    context: SpanContext
     parent: SpanContext | None
     stages: Stages = field(default_factory=Stages)
 
@@ -75,25 +78,39 @@ class Tracing:
                 found = TRACEPARENT.fullmatch(value) if isinstance(value, str) else None
                 if found is None:
                     break
-                return Trace(_context(found, metadata)) if int(found[3], 16) & SAMPLED else None
-        return Trace(None) if self._chance() < self._ratio else None
+                return self._trace(_context(found, metadata)) if int(found[3], 16) & SAMPLED else None
+        return self._trace(None) if self._chance() < self._ratio else None
+
+    def _trace(self, parent: SpanContext | None) -> Trace:
+        if parent is None:
+            trace_id, flags, state = self._ids.generate_trace_id(), TraceFlags(SAMPLED), None
+        else:
+            trace_id, flags, state = parent.trace_id, parent.trace_flags, parent.trace_state
+        return Trace(SpanContext(trace_id, self._ids.generate_span_id(), False, flags, state), parent)
+
+    @staticmethod
+    def passed_on(metadata: Metadata, trace: Trace | None) -> Metadata:
+        """Return the metadata of a request for who goes on with it: as below its span, or as not recorded."""
+        state = () if trace is None or trace.parent is None else ("tracestate",)
+        rest = [(key, value) for key, value in metadata if key not in ("traceparent", "tracestate") or key in state]
+        if trace is None:
+            return [("traceparent", NOT_RECORDED), *rest]
+        own = trace.context
+        return [("traceparent", f"00-{own.trace_id:032x}-{own.span_id:016x}-{own.trace_flags:02x}"), *rest]
 
     def end(self, trace: Trace, name: str, attributes: Mapping[str, str | int], failure: str | None) -> None:
         """Export the spans of a request that has ended: the server's, called ``name``, and one below it for each stage.
 
         ``failure``: what went wrong, where that is the server's fault.
         """
-        stages, parent = trace.stages, trace.parent
+        stages, context = trace.stages, trace.context
         epoch_ns = time.time_ns() - time.perf_counter_ns()
         start_ns, end_ns = stages.begun[0][1] + epoch_ns, stages.ended_ns + epoch_ns
-        if parent is None:
-            trace_id, flags, state = self._ids.generate_trace_id(), TraceFlags(SAMPLED), None
-        else:
-            trace_id, flags, state = parent.trace_id, parent.trace_flags, parent.trace_state
-        context = SpanContext(trace_id, self._ids.generate_span_id(), False, flags, state)
         # The SDK's own way to a span (sampler, limits, locks, a context of Python's) takes 15 times as long.
         for stage in stages.timed():
-            own = SpanContext(trace_id, self._ids.generate_span_id(), False, flags, state)
+            own = SpanContext(
+                context.trace_id, self._ids.generate_span_id(), False, context.trace_flags, context.trace_state
+            )
             begun_ns = start_ns + stage.start_ns
             self._processor.on_end(
                 ReadableSpan(
@@ -110,7 +127,7 @@ class Tracing:
             ReadableSpan(
                 name,
                 context,
-                parent,
+                trace.parent,
                 self._resource,
                 attributes,
                 kind=SpanKind.SERVER,

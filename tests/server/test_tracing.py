@@ -150,6 +150,28 @@ def test_writes_and_messages_of_streams_are_requests(transport: str, tmp_path: P
     assert {t.span.parent_span_id.hex() for t in (write, *streamed, first, wrong, last)} == {PARENT}
 
 
+def test_a_write_that_is_passed_on_is_one_trace(transport: str, tmp_path: Path, collector: Collector) -> None:
+    """The writer's span lies below the worker's, whose draw or caller decides for both, recorded or not."""
+    with watched(
+        tmp_path / "p", transport, {"workers": 2}, otlp_endpoint=collector.endpoint, sample_ratio=0.5
+    ) as server:
+        with server.stub() as stub:
+            for user in range(40):
+                stub.WriteRows(numbers([user], 1.0))
+            stub.WriteRows(numbers([1], 1.0), metadata=traced("00"))
+            stub.WriteRows(numbers([1], 1.0), metadata=traced(tracestate="vendor=1"))
+        assert server.stop() == 0
+    spans = {tree.span.span_id: tree for tree in collector.trees(2)}
+    below = [tree for tree in spans.values() if tree.span.parent_span_id in spans]
+    above = [spans[tree.span.parent_span_id] for tree in below]
+    assert len(spans) == 2 * len(below) < 80
+    assert all("store write" in low.names and "forward" in high.names for low, high in zip(below, above, strict=True))
+    assert all(low.span.trace_id == high.span.trace_id for low, high in zip(below, above, strict=True))
+    told = [(low.span.trace_state, high.span.parent_span_id.hex()) for low, high in zip(below, above, strict=True)]
+    assert told.count(("vendor=1", PARENT)) == 1
+    assert {each for each in told if each[0] == ""} == {("", "")}
+
+
 def test_the_environment_says_where_to_send_and_who_it_is(
     transport: str, tmp_path: Path, collector: Collector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
