@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,11 @@ from featserve.store.memory import MemoryStore
 from featserve.training import training_frame
 from featserve.types import NEVER_US, Float64, Timestamp, Type, column, from_us, to_us
 from tests.random_data import snapshot_of
-from tests.windows_model import Event, answers, make_history
+from tests.windows_model import HOUR_US, Event, answers, make_history, start_us
 
 FOREVER_US = 2**61
+PUSHED_FROM = 1_000
+"""The first sequence number of what is pushed: behind all rows of a file."""
 HISTORY = ParquetSource("history.parquet", event_time="event_time", known_at="known_at")
 
 
@@ -52,15 +55,15 @@ def write_history(folder: Path, types: dict[str, Type], events: Sequence[Event])
 
 
 class Online(RuleBasedStateMachine):
-    """A store, an engine and a file of history, beside every event that was pushed or is in the newest load."""
+    """A store, an engine and a file of history, beside all events that count, pushed or of the newest load."""
 
     @initialize(seed=st.integers(0, 2**32 - 1))
     def start(self, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
-        self.history = make_history(self.rng, source=HISTORY, later_copies=True)
+        self.history = make_history(self.rng, source=HISTORY)
         self.view = self.history.view
         assert self.view.events is not None
-        self.types = self.view.events.types
+        self.types, self.has_ids = self.view.events.types, self.view.events.event_id is not None
         self.folder = tempfile.TemporaryDirectory()
         self.plans = Plans(snapshot_of([self.view], [FeatureService("windows", [self.view], dtype=Float64)]))
         self.store: OnlineStore = open_store(Path(self.folder.name) / "store", "write", block_cache_mb=8)
@@ -70,14 +73,34 @@ class Online(RuleBasedStateMachine):
         self.pushed: list[Event] = []
         self.loaded: list[Event] = []
 
+    def key(self, event: Event) -> tuple[Any, ...]:
+        """Return the key of an event's entity."""
+        return tuple(event.values[name] for name in self.view.entity.keys)
+
+    def counted(self, come: Sequence[Event]) -> list[Event]:
+        """Return which events of a push count: the first with an id that is new, unless no window holds it any more."""
+        fresh = []
+        known = {e.values["event_id"] for e in (*self.pushed, *self.loaded)} if self.has_ids else set()
+        for event in sorted(come, key=lambda event: event.available):
+            if None not in self.key(event) and event.values["event_id"] not in known:
+                fresh.append(event)
+                known |= {event.values["event_id"]} if self.has_ids else set()
+        newest: dict[tuple[Any, ...], int] = {}
+        for event in (*self.pushed, *self.loaded, *fresh):
+            if event.available[0] <= self.now_us:
+                newest[self.key(event)] = max(event.event_time_us, newest.get(self.key(event), NEVER_US))
+        starts = {key: min(start_us(a.over, time_us) for a in self.view.aggregates) for key, time_us in newest.items()}
+        return [event for event in fresh if event.event_time_us >= starts.get(self.key(event), NEVER_US)]
+
     @rule(events=st.integers(1, 20), again=st.booleans())
     def push(self, events: int, again: bool) -> None:
-        """Push the next events; or some that were pushed before, where an id tells."""
-        assert self.view.events is not None
+        """Push the next events; or some that were pushed or loaded before, where an id tells."""
         come = self.history.events[self.sent : self.sent + events]
         self.sent += len(come)
-        if again and self.view.events.event_id is not None and self.pushed:
-            come += [self.pushed[i] for i in self.rng.integers(len(self.pushed), size=events)]
+        before = self.history.events[: max(self.sent, self.written)]
+        if again and self.has_ids and before:
+            come += [before[i] for i in self.rng.integers(len(before), size=events)]
+        come = [replace(e, sequence=PUSHED_FROM + e.sequence) for e in come]
         if not come:
             return
         arrival = Arrival(
@@ -90,18 +113,45 @@ class Online(RuleBasedStateMachine):
         done = engine.push(
             self.plans.events("events"), arrival, now_us=self.now_us, max_future_skew_us=FOREVER_US - self.now_us
         )
-        assert done.events == len(come) >= done.counted + done.duplicates + done.late
-        self.pushed += come
+        counted = self.counted(come)
+        assert (done.events, done.counted) == (len(come), len(counted))
+        assert done.counted + done.duplicates + done.late == sum(None not in self.key(e) for e in come)
+        self.pushed += counted
 
-    @rule(events=st.integers(0, 20))
-    def materialize(self, events: int) -> None:
-        """Load a history that has some more of the events, pushed or not; those not yet visible are left out."""
+    @rule(events=st.integers(0, 20), dropped=st.sampled_from([0.0, 0.0, 0.3, 1.0]), changed=st.sampled_from([0.0, 0.3]))
+    def materialize(self, events: int, dropped: float, changed: float) -> None:
+        """Load a history that has some more of the events, pushed or not; those not yet visible are left out.
+
+        It may have dropped some since the last load, and corrected others: what was not pushed, to a later time.
+        """
         self.written = min(self.written + events, len(self.history.events))
-        come = self.history.events[: self.written]
+        come = [e for e in self.history.events[: self.written] if self.rng.random() >= dropped]
+        pushed = {e.values["event_id"] for e in self.pushed}
+        names = {e.values["event_id"] for e in come if self.rng.random() < changed} - pushed
+        later_us = int(self.rng.choice([0, 1, HOUR_US, 240 * HOUR_US]))
+        come = [self.corrected(e, later_us) if e.values["event_id"] in names else e for e in come]
+        come = [replace(e, sequence=position) for position, e in enumerate(come)]
         write_history(Path(self.folder.name), self.types, come)
         done = load_windows(self.store, self.plans.windows(self.view), Path(self.folder.name), self.now_us)
         assert done.rows_read == len(come)
-        self.loaded = [e for e in come if e.available[0] <= self.now_us]
+        self.loaded = [
+            e
+            for e in come
+            if e.available[0] <= self.now_us
+            and None not in self.key(e)
+            and not (self.has_ids and e.values["event_id"] in pushed)
+        ]
+
+    def corrected(self, event: Event, later_us: int) -> Event:
+        """Return an event at a later time, with the values of another one."""
+        other = self.history.events[self.rng.integers(len(self.history.events))].values
+        values = {**other, **{name: event.values[name] for name in ("user_id", "region", "event_id")}}
+        return replace(
+            event,
+            event_time_us=event.event_time_us + later_us,
+            known_at_us=event.known_at_us + later_us,
+            values=values,
+        )
 
     @rule()
     def restart(self) -> None:
@@ -115,27 +165,34 @@ class Online(RuleBasedStateMachine):
         if self.clocks:
             self.now_us = self.clocks.pop(0)
 
-    @rule()
-    def read(self) -> None:
-        """Read every entity, and hold it against the oracle."""
+    @rule(back=st.floats(0, 1))
+    def read(self, back: float) -> None:
+        """Read every entity as of now, or of an instant since the last event that counts; ask the oracle the same."""
+        counting = [*self.pushed, *self.loaded]
+        last_us = max((e.available[0] for e in counting if e.available[0] <= self.now_us), default=self.now_us)
+        time_us = self.now_us - int(back * (self.now_us - last_us))
         keys = list(dict.fromkeys(key for _, key in self.history.asked if None not in key))
         if not keys:
             return
         names = list(self.view.entity.keys)
         given = {name: [key[i] for key in keys] for i, name in enumerate(names)}
         matrix = Engine(self.store, self.plans).read(
-            self.plans.service("windows"), EntityKeys.of(given, self.view.entity.keys), self.now_us, event_times=True
+            self.plans.service("windows"),
+            EntityKeys.of(given, self.view.entity.keys),
+            time_us,
+            as_of=True,
+            event_times=True,
         )
         got = matrix.to_dict()
         assert (matrix.view_status == 1).all()
         assert matrix.event_times is not None
         for i, key in enumerate(keys):
-            newest, expected = answers(self.view, [*self.pushed, *self.loaded], key, self.now_us)
+            newest, expected = answers(self.view, counting, key, time_us)
             assert matrix.event_times[i, 0] == (NEVER_US if newest is None else newest)
             for aggregate in self.view.aggregates:
                 value = got[f"windowed.{aggregate.name}"][i]
                 value = to_us(value) if isinstance(value, datetime) else value
-                assert expected[aggregate.name].agrees(value), (key, self.now_us, aggregate, value, expected)
+                assert expected[aggregate.name].agrees(value), (key, time_us, aggregate, value, expected)
 
     def teardown(self) -> None:
         if hasattr(self, "store"):
