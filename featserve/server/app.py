@@ -117,9 +117,11 @@ async def _serve(
         loop.remove_reader(sys.stdin.fileno())
     follower.cancel()
     loop_watcher.cancel()
-    await server.drain(config.server.drain_seconds)
-    if forward is not None:
-        await forward.close()
+    try:
+        await server.drain(config.server.drain_seconds)
+    finally:
+        if forward is not None:
+            await forward.close()
 
 
 async def _listen(

@@ -8,7 +8,10 @@ this user can open.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
+import os
+import signal
 import tempfile
 import threading
 import time
@@ -26,13 +29,15 @@ from pygrpc_native import EVENT_CANCEL, NativeGrpcFront
 
 from featserve._proto.errors_pb2 import ErrorStatus
 from featserve.config import ServerConfig
-from featserve.errors import DeadlineExceeded, Unavailable
+from featserve.errors import DeadlineExceeded, ServingError, Unavailable
 from featserve.server.forward import Forward
 from featserve.server.grpcio import QUIET_S, GrpcioServer, cannot_listen, overloaded
 from featserve.server.service import READS, SERVICE_NAME, WRITES, Call, Service
 from featserve.server.status import DETAILS_KEY, encode_error, failed
 from featserve.server.telemetry import Telemetry
 from featserve.store.follow import Behind
+
+log = logging.getLogger("featserve.server")
 
 METHODS: tuple[tuple[str, Callable[[Service, bytes, Call], bytes]], ...] = (*READS.items(), *WRITES.items())
 """The methods that are served here, each by its number: reads first."""
@@ -86,6 +91,7 @@ class NativeServer:
         self._default_deadline_s, self._most_bytes = config.default_deadline_ms / 1_000, config.max_message_mb << 20
         self._overloaded = _encoded(encode_error(overloaded(self._most_calls)))
         self._draining = False
+        self._failure: Exception | None = None
         self._reads: dict[int, Waiting] = {}
         self._late: dict[int, Turn] = {}
         """Reads that wait for the store to catch up."""
@@ -117,30 +123,41 @@ class NativeServer:
         return self._front.bound_port
 
     async def drain(self, seconds: float) -> None:
-        """Say NOT_SERVING, take no new calls, let those in flight finish for up to ``seconds``, then end them."""
+        """Say NOT_SERVING, take no new calls, let those in flight finish for up to ``seconds``, then end them.
+
+        Raises ServingError where it ends as its thread has failed.
+        """
         loop = asyncio.get_running_loop()
         ends_s = loop.time() + seconds
         behind = asyncio.create_task(self._behind.drain(seconds))
         await asyncio.sleep(min(seconds, QUIET_S))  # what has arrived is taken on
         self._draining = True
         await behind
-        while self._active() and loop.time() < ends_s:
+        while self._active() and self._failure is None and loop.time() < ends_s:
             await asyncio.sleep(QUIET_S / 10)
         await asyncio.sleep(min(seconds, QUIET_S))  # closing would cut off answers that are on their way
         await asyncio.to_thread(self._front.close)
         await asyncio.to_thread(self._thread.join)
         await asyncio.to_thread(self._writer.shutdown, cancel_futures=True)
         self._folder.cleanup()
+        if self._failure is not None:
+            raise ServingError(f"the thread that answers has failed: {self._failure}") from self._failure
 
     def _serve(self) -> None:
-        """Take calls and answer them until the front is closed."""
-        while self._take():
-            turns = [Turn(self._telemetry, *read) for read in islice(self._reads.items(), ANSWERED_AT_ONCE)]
-            answers = self._together(turns)
-            for turn in turns:
-                self._answer(turn, answers.get(turn.call_id))
-                del self._reads[turn.call_id]
-            self._count()
+        """Take calls and answer them until the front is closed; where that fails, end the server."""
+        try:
+            while self._take():
+                turns = [Turn(self._telemetry, *read) for read in islice(self._reads.items(), ANSWERED_AT_ONCE)]
+                answers = self._together(turns)
+                for turn in turns:
+                    self._answer(turn, answers.get(turn.call_id))
+                    del self._reads[turn.call_id]
+                self._count()
+        except Exception as error:  # the top of a background loop
+            log.critical("the thread that answers has failed, the server ends: %s", error, exc_info=error)
+            self._failure = error
+            self._front.close()  # those who wait are told, and nobody else is taken on
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _take(self) -> bool:
         """Put the calls that have arrived in their queues, waiting where there is nothing to do; False at the end."""
