@@ -25,6 +25,8 @@ pytest_plugins = ["tests.served"]
 
 MB = 1 << 20
 PATH = "/featserve.v1.FeatureServingService/"
+HOLDS_BACK = ("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1_024)
+"""Lets a server send little of an answer until it is read."""
 
 
 @pytest.fixture
@@ -117,6 +119,26 @@ def test_a_client_that_does_not_read_is_not_buffered_for(answers: Server) -> Non
         for stream in calls:
             assert next(stream).response.rows == 10_000
             stream.cancel()
+
+
+def test_answers_that_nobody_reads_are_calls_under_way(
+    small: Server, transport: str, request: pytest.FixtureRequest
+) -> None:
+    """A client that asks and reads no answer is refused more, once it has twice as many as there may be calls."""
+    if transport == "native":
+        request.applymarker(pytest.mark.xfail(reason="pygrpc-native tells nothing of answers that are not sent"))
+    asked = wide(*range(10_000)).SerializeToString()
+    with small.channel(*HOLDS_BACK) as slow, small.stub(("grpc.enable_retries", 0)) as stub:
+        ask: Any = slow.stream_stream(f"{PATH}GetFeatures")
+        calls = []
+        for _ in range(16):
+            calls.append(ask(iter([asked])))
+            calls[-1].initial_metadata()  # the answer is on its way, as far as it is let
+        try:
+            assert refusal(lambda: stub.GetFeatures(wide(1))).code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        finally:
+            for call in calls:
+                call.cancel()
 
 
 @pytest.mark.usefixtures("before_its_message")
