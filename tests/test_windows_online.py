@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from featserve.arrow import column_to_arrow
 from featserve.backfill import load_windows
 from featserve.batch import Arrival, EntityKeys
-from featserve.definitions import FeatureService, ParquetSource
+from featserve.definitions import Calendar, FeatureService, Hopping, ParquetSource, Rolling
 from featserve.engine import Engine
 from featserve.offline import open_engine
 from featserve.plan import Plans
@@ -29,9 +29,11 @@ from featserve.store.memory import MemoryStore
 from featserve.training import training_frame
 from featserve.types import NEVER_US, Float64, Timestamp, Type, column, from_us, to_us
 from tests.random_data import snapshot_of
-from tests.windows_model import HOUR_US, Event, answers, make_history, start_us
+from tests.windows_model import HOUR_US, WINDOWS, Event, answers, make_history, start_us
 
 FOREVER_US = 2**61
+SHORT = (Rolling(timedelta(hours=1)), Hopping(timedelta(hours=2), timedelta(hours=1)), Calendar(1, "day", "UTC"))
+"""Windows that many events of a history come too late for."""
 PUSHED_FROM = 1_000
 """The first sequence number of what is pushed: behind all rows of a file."""
 HISTORY = ParquetSource("history.parquet", event_time="event_time", known_at="known_at")
@@ -60,7 +62,7 @@ class Online(RuleBasedStateMachine):
     @initialize(seed=st.integers(0, 2**32 - 1))
     def start(self, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
-        self.history = make_history(self.rng, source=HISTORY)
+        self.history = make_history(self.rng, source=HISTORY, windows=SHORT if seed % 2 else WINDOWS)
         self.view = self.history.view
         assert self.view.events is not None
         self.types, self.has_ids = self.view.events.types, self.view.events.event_id is not None

@@ -324,12 +324,10 @@ def make_history(
     windows: Sequence[Window] = WINDOWS,
     source: Source | None = None,
     lonely: bool = False,
-    later_copies: bool = False,
 ) -> History:
     """Return a random view over a handful of ``windows`` with a history.
 
-    ``source``: that of the view's events. ``lonely``: one entity has all events. ``later_copies``: of events with one
-    id, the later in sequence never became available earlier, as with pushes in the order of their arrival.
+    ``source``: that of the view's events. ``lonely``: one entity has all events.
     """
     view = make_view(rng, windows, source)
     base = CHANGES[rng.integers(len(CHANGES))]
@@ -346,7 +344,7 @@ def make_history(
         if made and rng.random() < 0.15:
             twin = made[rng.integers(len(made))]
             event_time, values = twin.event_time_us, dict(twin.values)
-            known_at = max(known_at, twin.known_at_us) if later_copies else _known_at(rng, event_time)
+            known_at = _known_at(rng, event_time)
             if rng.random() < 0.2:
                 values["user_id"] = None
         made.append(Event(event_time, known_at, sequence, values))
