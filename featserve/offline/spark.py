@@ -64,7 +64,7 @@ class SparkEngine:
     """
 
     def __init__(self, *, session: SparkSession | None = None, memory_limit: str | None = None) -> None:
-        self._owned = session is None
+        self._owned = session is None and not _is_running()
         self._session = session or _local_session(memory_limit)
 
     def find(self, labels: Any, scans: Sequence[Scan], folder: Path, progress: Callable[[str], None]) -> Iterator[Any]:
@@ -128,6 +128,14 @@ def _raised(error: PySparkException) -> TransformError:
     if told:
         return TransformError(told[1].strip())
     return TransformError(f"Spark cannot run the transforms: {str(error).strip().splitlines()[-1]}")
+
+
+def _is_running() -> bool:
+    """Say whether this process has a session: whoever started that one stops it."""
+    try:
+        return not SparkSession.active().sparkContext._jsc.sc().isStopped()
+    except PySparkException:
+        return False
 
 
 def _local_session(memory_limit: str | None) -> SparkSession:
