@@ -296,7 +296,10 @@ async def _once_caught_up(behind: Behind, method: Callable[[bytes, Call], bytes]
 async def abort(context: Context, error: Exception) -> NoReturn:
     """End a call with an error's status; log what is our fault."""
     status = failed(error)
-    await context.abort(_CODES[status.code], status.message, ((DETAILS_KEY, status.SerializeToString()),))
+    try:
+        await context.abort(_CODES[status.code], status.message, ((DETAILS_KEY, status.SerializeToString()),))
+    except grpc.aio.InternalError:  # as above
+        raise asyncio.CancelledError from None
 
 
 def overloaded(most_calls: int) -> Overloaded:
