@@ -32,8 +32,17 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry, default=str)
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Say whether it is none of what grpcio calls an error where a caller left as its answer was being sent.
+
+    That it does where it learns of the failed sending before it learns that the call has ended.
+    """
+    return not record.getMessage().startswith("ExecuteBatchError raised in core by servicer method")
+
+
 def configure(**always: object) -> None:
     """Send the logs of this process to standard error as JSON lines, from level INFO up; ``always`` is in each."""
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(always))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)

@@ -131,14 +131,16 @@ def test_calls_over_the_limit_are_refused_at_once(small: Server, ending: str) ->
         until("there is room again", lambda: not stub.GetFeatures.future(wide(1)).exception())
 
 
-def test_queued_writes_count(small: Server) -> None:
+def test_queued_writes_count(small: Server, transport: str) -> None:
     """Writes that wait for the writer count as calls under way, so their queue is bounded."""
     with small.stub() as stub:
         before = busy(stub)
         calls = [stub.WriteRows.future(numbers([i], 1.0), timeout=60) for i in range(50)]
-        refused = [call.code() for call in calls].count(grpc.StatusCode.RESOURCE_EXHAUSTED)
-        assert 40 < refused <= 45
-        assert all(call.code() is grpc.StatusCode.OK for call in before)
+        answered = [call.code() for call in (*before, *calls)]
+        assert set(answered) == {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert 40 < answered.count(grpc.StatusCode.RESOURCE_EXHAUSTED) <= 45
+        if transport == "grpcio":  # which counts a call before its message is there, however large that is
+            assert all(call.code() is grpc.StatusCode.OK for call in before)
 
 
 def test_a_burst_is_answered_or_refused(small: Server) -> None:
