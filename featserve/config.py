@@ -67,13 +67,14 @@ class RegistryConfig:
 @dataclass(frozen=True, slots=True)
 class StoreConfig:
     """``[store]``. ``path``: the online store's folder. ``durability``: what an acknowledged write survives, the
-    death of the "process" or of the machine ("fsync"). ``block_cache_mb`` and ``row_cache_mb``: memory for reads, that
-    of all workers together. ``catch_up_ms``: how often who follows the store looks for what was written."""
+    death of the "process" or of the machine ("fsync"). ``row_cache_mb``: memory for rows that were read,
+    ``block_cache_mb`` for parts of files; all workers together have so much. ``catch_up_ms``: how often who follows the
+    store looks for what was written."""
 
     path: Path = Path(".featserve/store")
     durability: str = field(default="process", metadata={"choices": ("process", "fsync")})
-    block_cache_mb: int = between(512, 1, 2**20)
-    row_cache_mb: int = between(64, 0, 2**20)
+    block_cache_mb: int = between(384, 1, 2**20)
+    row_cache_mb: int = between(640, 0, 2**20)
     catch_up_ms: float = between(2.0, 0.1, 3_600_000)
 
     def __post_init__(self) -> None:

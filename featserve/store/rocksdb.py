@@ -1,8 +1,8 @@
 """The ``OnlineStore`` on RocksDB, embedded through rocksdict: the default.
 
 One process has it open for writing; any number may have it open for reading, each with the rows that were there when it
-opened, or following what is written. Writes go through the write-ahead log. A bulk load is staged in SST files beside
-the store and ingested in one step.
+opened, or following what is written. Each keeps rows that it has read in a cache of its own. Writes go through the
+write-ahead log. A bulk load is staged in SST files beside the store and ingested in one step.
 
 Following is RocksDB's secondary instance, which (10.4) has holes. Rows of a log that was merged into a file hide newer
 ones of that file until a batch arrives by the next log (facebook/rocksdb#14444), and a log that vanishes between the
@@ -21,7 +21,7 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import compress, islice
 from pathlib import Path
@@ -33,6 +33,8 @@ import rocksdict
 from featserve.codec import STAMP
 from featserve.errors import StoreError, StoreFull, StoreLocked
 from featserve.store import Access, Change, newest
+from featserve.store.cache import RowCache
+from featserve.store.replaced import packed, place, replaced
 
 FORMAT_KEY = b"\x00featserve"
 FORMAT = b"rows 1"
@@ -62,7 +64,8 @@ class RocksStore:
         self.path = path
         self._lock, self._updates = threading.Lock(), threading.RLock()
         self._loads: set[_Load] = set()
-        self._options = _options(block_cache_mb, row_cache_mb)
+        self._cache = RowCache(row_cache_mb << 20)
+        self._options = _options(block_cache_mb)
         if count_lookups:
             self._options.enable_statistics()
         self._write_options = rocksdict.WriteOptions()
@@ -117,6 +120,20 @@ class RocksStore:
             raise StoreError(f"the database at {self.path} {kind}; choose another [store] path")
 
     def read_many(self, keys: list[bytes]) -> list[bytes | None]:
+        rows = self._cache.get(keys)
+        if None not in rows:
+            return rows
+        state = self._cache.state
+        missed = [key for key, row in zip(keys, rows, strict=True) if row is None]
+        found = self._read(missed)
+        self._cache.add(missed, found, state)
+        if len(found) == len(rows):
+            return found
+        rest = iter(found)
+        return [next(rest) if row is None else row for row in rows]
+
+    def _read(self, keys: list[bytes]) -> list[bytes | None]:
+        """Return the row of each key, past the cache."""
         try:
             found: list[bytes | None] = self._db.get(keys)  # type: ignore[union-attr]
         except Exception as error:
@@ -127,30 +144,23 @@ class RocksStore:
         self._check_writable()
         best = newest(keys, rows)
         names = list(best)
-        batch = rocksdict.WriteBatch(raw_mode=True)
         with self._lock:
-            for key, row, old in zip(names, best.values(), self.read_many(names), strict=True):
-                if old is None or old[STAMP] <= row[STAMP]:
-                    batch.put(key, row)
-            stored: int = batch.len()
-            if stored:
-                self._write(batch)
+            found = self._read(names)
+            won = dict(zip(*_winners(names, list(best.values()), found), strict=True))
+            if won:
+                self._write(won, [key for key, row in zip(names, found, strict=True) if row is not None])
             for load in self._loads:
                 load.touched.update(names)
-        return stored
+        return len(won)
 
     def update(self, keys: Sequence[bytes], change: Change) -> None:
         self._check_writable()
-        batch = rocksdict.WriteBatch(raw_mode=True)
         with self._updates:
-            for key, row in change(self.read_many(list(keys))).items():
-                if row is None:
-                    batch.delete(key)
-                else:
-                    batch.put(key, row)
-            if batch.len():
+            rows = self.read_many(list(keys))
+            if changed := change(rows):
+                new = {key for key, row in zip(keys, rows, strict=True) if row is None}
                 with self._lock:
-                    self._write(batch)
+                    self._write(changed, [key for key in changed if key not in new])
 
     def updating(self) -> AbstractContextManager[Any]:
         return self._updates
@@ -159,12 +169,34 @@ class RocksStore:
         with translated(f"cannot read the store at {self.path}"):
             yield from _keys(self._opened(), first, lambda key: key < end)
 
-    def _write(self, batch: rocksdict.WriteBatch) -> None:
-        """Write a batch and its number, under the lock."""
-        batch.put(SEQUENCE_KEY, (self._sequence + 1).to_bytes(8, "big"))
-        with translated(f"cannot write to the store at {self.path}"):
+    def _write(self, changed: Mapping[bytes, bytes | None], old: Sequence[bytes] | None) -> None:
+        """Write rows and remove those that are None, as one batch with its number, under the lock.
+
+        ``old``: the keys among them that had a row; None where rows of any keys were replaced just before.
+        """
+        batch = rocksdict.WriteBatch(raw_mode=True)
+        for key, row in changed.items():
+            if row is None:
+                batch.delete(key)
+            else:
+                batch.put(key, row)
+        number = self._sequence + 1
+        batch.put(SEQUENCE_KEY, number.to_bytes(8, "big"))
+        batch.put(place(number), packed(number, old))
+        with self._changing() as cached, translated(f"cannot write to the store at {self.path}"):
             self._opened().write(batch, self._write_options)
-        self._sequence += 1
+            cached.append(changed)
+        self._sequence = number
+
+    @contextmanager
+    def _changing(self) -> Iterator[list[Mapping[bytes, bytes | None]]]:
+        """Let the cache follow what changes the store; the caller appends what that was, or nothing where unknown."""
+        changed: list[Mapping[bytes, bytes | None]] = []
+        self._cache.begin()
+        try:
+            yield changed
+        finally:
+            self._cache.end(changed[0] if changed else None)
 
     def identity(self) -> str:
         return self._identity
@@ -175,12 +207,16 @@ class RocksStore:
     def catch_up(self) -> None:
         if self._access != "follow":
             return
-        with self._lock, translated(f"cannot follow the store at {self.path}"):
+        with self._lock, self._changing() as cached, translated(f"cannot follow the store at {self.path}"):
             self._opened().try_catch_up_with_primary()
             written = self._written()
-            if written != self._sequence:
-                self._opened().try_catch_up_with_primary()
-                self._sequence = written
+            if written == self._sequence:
+                cached.append({})
+                return
+            self._opened().try_catch_up_with_primary()
+            if (keys := replaced(self._read, self._sequence + 1, written)) is not None:
+                cached.append(dict.fromkeys(keys))
+            self._sequence = written
 
     def _written(self) -> int:
         """Return the number of the last batch that a read sees."""
@@ -215,13 +251,16 @@ class RocksStore:
         return total
 
     def cache_lookups(self) -> dict[str, tuple[int, int]]:
-        told = self._options.get_statistics()
-        found = re.findall(r"^rocksdb\.(row|block)\.cache\.(hit|miss) COUNT : (\d+)$", told or "", re.MULTILINE)
-        counts = {(cache, result): int(count) for cache, result, count in found}
-        return {cache: (counts[cache, "hit"], counts[cache, "miss"]) for cache, result in counts if result == "hit"}
+        told = self._options.get_statistics() or ""
+        found = re.findall(r"^rocksdb\.block\.cache\.(hit|miss) COUNT : (\d+)$", told, re.MULTILINE)
+        counts = {result: int(count) for result, count in found}
+        lookups = {"row": (self._cache.hits, self._cache.misses)}
+        return lookups | ({"block": (counts["hit"], counts["miss"])} if counts else {})
 
     def close(self) -> None:
         db, self._db = self._db, None
+        with self._changing():
+            pass  # nothing is read any more
         if self._notes is not None:
             self._notes.cleanup()
         if db is not None:
@@ -256,8 +295,9 @@ class RocksStore:
         with translated(f"cannot load into the store at {self.path}"):
             # A follower leaves out what is still in the log and older than a file.
             self._opened().flush()
-            _ingest(self._opened(), files)
-        self._write(rocksdict.WriteBatch(raw_mode=True))
+            with self._changing():
+                _ingest(self._opened(), files)
+        self._write({}, None)
 
 
 class _Load:
@@ -287,7 +327,7 @@ class _Load:
         if self._open is not None and (keys[0] <= self._last or self._open.file_size() >= FILE_BYTES):
             self._finish()
         if self._store._overlaps(keys[0], keys[-1]):
-            keys, rows = _winners(keys, rows, self._store.read_many(list(keys)))
+            keys, rows = _winners(keys, rows, self._store._read(list(keys)))
         new = len(keys)
         if self._files:  # the open file has smaller keys
             staged = self._staged_rows(list(keys))
@@ -344,7 +384,7 @@ class _Load:
         self._finish()
         if self._files and (self.touched or self.overtaken):
             names = self._staged_names() if self.overtaken else sorted(self.touched)
-            live = self._store.read_many(names)
+            live = self._store._read(names)
             staged = self._staged_rows(names)
             on_top = {
                 name: row
@@ -397,7 +437,7 @@ def _keys(db: rocksdict.Rdict, first: bytes, wanted: Callable[[bytes], bool]) ->
     cursor.status()  # raises what ended it early: a damaged file looks like the end
 
 
-def _options(block_cache_mb: int, row_cache_mb: int) -> rocksdict.Options:
+def _options(block_cache_mb: int) -> rocksdict.Options:
     options = rocksdict.Options(raw_mode=True)
     options.create_if_missing(True)
     table = rocksdict.BlockBasedOptions()
@@ -409,8 +449,6 @@ def _options(block_cache_mb: int, row_cache_mb: int) -> rocksdict.Options:
     # LZ4's acceleration: rows of random floats, which do not shrink, are written twice as fast; others shrink a little
     # less.
     options.set_compression_options(-14, -16, 0, 0)
-    if row_cache_mb:
-        options.set_row_cache(rocksdict.Cache(row_cache_mb << 20))
     options.set_keep_log_file_num(4)
     # The default drops, without a word, every row logged after a damaged one; this drops a last one cut short, no more.
     options.set_wal_recovery_mode(rocksdict.DBRecoveryMode.tolerate_corrupted_tail_records())
