@@ -1,4 +1,6 @@
-"""``python -m bench``: run the benchmarks that are named, or all; print tables and write bench/results/latest.json."""
+"""``python -m bench``: run the benchmarks that are named, or all; print tables and keep the figures of each in
+bench/results/latest.json, which ``--show`` prints.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from bench import (
     bulk_load,
@@ -106,22 +107,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHES)}; all by default")
     parser.add_argument("--folder", type=Path, help="keep the generated project here, and use it again")
+    parser.add_argument("--show", action="store_true", help="print what each benchmark measured last, and stop")
     options = parser.parse_args()
+    if options.show:
+        report.show_kept()
+        return
     names = options.names or list(BENCHES)
     if unknown := set(names) - set(BENCHES):
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHES)}")
     with tempfile.TemporaryDirectory(prefix="featserve-bench-") as temporary:
         folder = options.folder or Path(temporary)
-        measured: dict[str, Any] = {"machine": report.machine(), "figures": {}}
         for name in names:
             title, measure = BENCHES[name]
             if name in PROJECT:
                 prepare(folder, loaded=name != "bulk_load")
+            before = report.machine()
             figures = measure(folder)
             report.show(title, figures)
-            measured["figures"][name] = figures
-            report.write(measured)
-    print(f"\nWritten to {report.RESULTS.relative_to(ROOT)}")
+            report.keep(name, title, figures, before)
+    print(f"\nKept in {report.RESULTS.relative_to(ROOT)}; `python -m bench --show` prints all that is kept")
 
 
 def prepare(folder: Path, loaded: bool) -> None:

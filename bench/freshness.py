@@ -23,7 +23,7 @@ from bench.report import Figure
 from bench.servers import Server
 
 ENTITIES = 100_000
-PROBES = 300
+PROBES = 10_000
 RATE = 10_000
 BATCH = 200
 PROBED = ENTITIES + 1

@@ -15,6 +15,7 @@ from bench.project import ENTITIES
 from bench.report import Figure, number
 from featserve.config import load_config
 
+TRANSPORTS = ("native", "grpcio")
 KEYS = (1, 100)
 LOADS = (0.5, 0.8, 0.9, 1.0, 1.2, 2.0, 3.0)
 """Rates, as multiples of the peak."""
@@ -27,20 +28,22 @@ SLACK = 2.0
 
 
 def measure(folder: Path) -> list[Figure]:
-    """Load the server with 1 and 100 keys a request; ratios are to the peak of the same round."""
+    """Load a server on each transport with 1 and 100 keys a request; ratios are to the peak of the same round."""
     limit = load_config(folder).server.max_concurrent
     figures = []
-    with servers.ours(folder) as server:
-        for keys in KEYS:
-            peaks: list[float] = []
-            found: dict[float, list[Flooded]] = {part: [] for part in LOADS}
-            for turn in range(ROUNDS):
-                options = {"entities": ENTITIES, "connections": CONNECTIONS, "seed": turn}
-                peaks.append(load.run(server.address, keys, seconds=SECONDS, **options).rate)
-                for part in LOADS:
-                    rate = part * peaks[-1]
-                    found[part].append(flood.run(server.address, keys, rate, SECONDS, **options))
-            figures += _figures(f"{keys} {'key' if keys == 1 else 'keys'}", peaks, found, limit)
+    for transport in TRANSPORTS:
+        with servers.ours(folder, transport) as server:
+            for keys in KEYS:
+                peaks: list[float] = []
+                found: dict[float, list[Flooded]] = {part: [] for part in LOADS}
+                for turn in range(ROUNDS):
+                    options = {"entities": ENTITIES, "connections": CONNECTIONS, "seed": turn}
+                    peaks.append(load.run(server.address, keys, seconds=SECONDS, **options).rate)
+                    for part in LOADS:
+                        rate = part * peaks[-1]
+                        found[part].append(flood.run(server.address, keys, rate, SECONDS, **options))
+                told = f"{transport}, {keys} {'key' if keys == 1 else 'keys'}"
+                figures += _figures(told, peaks, found, limit)
     return figures
 
 

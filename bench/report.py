@@ -82,10 +82,33 @@ def _read(path: str) -> str:
     return Path(path).read_text(encoding="utf-8") if Path(path).is_file() else ""
 
 
-def write(measured: dict[str, Any], path: Path = RESULTS) -> None:
-    """Write everything that was measured as JSON."""
+def write(measured: Any, path: Path) -> None:
+    """Write what was measured as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(measured, indent=2, default=asdict_of) + "\n", encoding="utf-8")
+
+
+def keep(name: str, title: str, figures: Sequence[Figure], before: dict[str, Any], path: Path = RESULTS) -> None:
+    """Keep what a benchmark measured, in the place of what it measured before. ``before``: the machine at its start."""
+    kept = {entry["name"]: entry for entry in kept_results(path)}
+    kept[name] = {"name": name, "title": title, "machine": before, "figures": figures}
+    write(list(kept.values()), path)
+
+
+def kept_results(path: Path = RESULTS) -> list[dict[str, Any]]:
+    """Return what each benchmark measured last."""
+    return list(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else []
+
+
+def show_kept(path: Path = RESULTS) -> None:
+    """Print what each benchmark measured last, and when, of which commit, and on how busy a machine."""
+    for entry in kept_results(path):
+        machine = entry["machine"]
+        told = (
+            f"{machine['at'][:16]} UTC, commit {machine['commit'][:9]}, load average {machine['load_average'][0]:.1f}"
+        )
+        figures = [{key: value for key, value in figure.items() if key != "verdict"} for figure in entry["figures"]]
+        show(f"{entry['title']}\n  ({told})", [Figure(**figure) for figure in figures])
 
 
 def asdict_of(value: Any) -> Any:

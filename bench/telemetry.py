@@ -1,8 +1,9 @@
 """What traces and metrics cost: requests per second of servers that trace, count or do both, beside one that does not.
 
-All four run for the whole time and are loaded in short turns, each on a store of its own with the same rows. Traces go
-to a collector that takes them and does nothing; metrics are read once a second, as no Prometheus does. Then the same in
-process, where the time that one request takes more can be told apart from what else happens on the machine.
+All four run for the whole time, on one transport and then on the other, and are loaded in short turns, each on a store
+of its own with the same rows. Traces go to a collector that takes them and does nothing; metrics are read once a
+second, as no Prometheus does. Then the same in process, where the time that one request takes more can be told apart
+from what else happens on the machine.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from featserve.server.telemetry import Telemetry
 from featserve.server.tracing import Tracing
 
 ENTITIES = 100_000
+TRANSPORTS = ("native", "grpcio")
 KEYS = (1, 100)
 TARGET = 0.97
 ROUNDS = 30
@@ -48,21 +50,22 @@ OFF = "off"
 def measure(folder: Path) -> list[Figure]:
     """Load the servers with 1 and 100 keys a request; the figures are ratios to the server that tells nothing."""
     figures = []
-    with collector() as endpoint, ExitStack() as stack:
-        traces = f'otlp_endpoint = "{endpoint}"\nsample_ratio = 0.01\n'
-        settings = {
-            OFF: "",
-            "metrics": f"prometheus_port = {METRICS_PORT}\n",
-            "traces of 1 %": traces,
-            "both": f"prometheus_port = {METRICS_PORT + 1}\n{traces}",
-        }
-        running = {
-            name: stack.enter_context(servers.ours(prepared(folder / f"telemetry-{i}", told)))
-            for i, (name, told) in enumerate(settings.items())
-        }
-        stack.enter_context(scraped(METRICS_PORT, METRICS_PORT + 1))
-        for keys in KEYS:
-            figures += compare(running, keys)
+    for transport in TRANSPORTS:
+        with collector() as endpoint, ExitStack() as stack:
+            traces = f'otlp_endpoint = "{endpoint}"\nsample_ratio = 0.01\n'
+            settings = {
+                OFF: "",
+                "metrics": f"prometheus_port = {METRICS_PORT}\n",
+                "traces of 1 %": traces,
+                "both": f"prometheus_port = {METRICS_PORT + 1}\n{traces}",
+            }
+            running = {
+                name: stack.enter_context(servers.ours(prepared(folder / f"telemetry-{i}", told), transport))
+                for i, (name, told) in enumerate(settings.items())
+            }
+            stack.enter_context(scraped(METRICS_PORT, METRICS_PORT + 1))
+            for keys in KEYS:
+                figures += compare(running, keys, f"{transport}, {keys} {'key' if keys == 1 else 'keys'}")
     for keys in KEYS:
         figures += in_process(folder / "telemetry-0", keys)
     return figures
@@ -77,7 +80,7 @@ def prepared(folder: Path, telemetry: str) -> Path:
     return folder
 
 
-def compare(running: dict[str, Server], keys: int) -> list[Figure]:
+def compare(running: dict[str, Server], keys: int, told: str) -> list[Figure]:
     """Load all in turns; return the throughput and the processor time of each, beside those of the first."""
     rates: dict[str, list[float]] = {name: [] for name in running}
     cpu_us: dict[str, list[float]] = {name: [] for name in running}
@@ -88,7 +91,6 @@ def compare(running: dict[str, Server], keys: int) -> list[Figure]:
             if turn >= 0:
                 rates[name].append(measured.rate)
                 cpu_us[name].append((server.cpu_s() - before_s) / measured.requests * 1e6)
-    told = f"{keys} {'key' if keys == 1 else 'keys'}"
     off_us = statistics.mean(cpu_us[OFF])
     off_note = f"{number(off_us)} us of processor each"
     figures = [Figure(f"{told}: {OFF}", statistics.median(rates[OFF]), "req/s", note=off_note)]

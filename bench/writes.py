@@ -20,6 +20,7 @@ from featserve.load_test.result import Round, merge
 from featserve.load_test.run import WRITTEN_AT_ONCE
 from featserve.types import Column, Float64, Int64
 
+TRANSPORTS = ("native", "grpcio")
 KEYS = (1, 100)
 RATE = 500.0
 ROWS_PER_S = 10_000.0
@@ -30,35 +31,35 @@ TARGET = 2.0
 
 
 def measure(folder: Path) -> list[Figure]:
-    """Load the server with 1 and 100 keys a request; the figures are of 12,000 requests each."""
+    """Load a server on each transport with 1 and 100 keys a request; the figures are of 12,000 requests each."""
     random = np.random.default_rng(6)
     rows = {f"f{i}": Column(Float64, random.standard_normal(WRITTEN)) for i in range(FEATURES)}
     writes = Writes(VIEW, rows | {KEY: Column(Int64, random.permutation(ENTITIES)[:WRITTEN])}, ROWS_PER_S)
     figures = []
-    with servers.ours(folder) as server:
-        for keys in KEYS:
-            found: dict[bool, list[Point]] = {False: [], True: []}
-            for turn in range(TURNS):
-                for writing in (False, True):
-                    test = LoadTest(
-                        server.address,
-                        Reads(SERVICE, (KEY,), (Range(KEY, Int64, 0, ENTITIES - 1),)),
-                        (Load(keys, RATE, 4),),
-                        writes if writing else None,
-                        rounds=1,
-                        round_s=SECONDS,
-                        warm_up_s=0.5,
-                        seed=turn,
-                    )
-                    found[writing] += run(test, clock_us()).points
-            figures += _figures(keys, found)
+    for transport in TRANSPORTS:
+        with servers.ours(folder, transport) as server:
+            for keys in KEYS:
+                found: dict[bool, list[Point]] = {False: [], True: []}
+                for turn in range(TURNS):
+                    for writing in (False, True):
+                        test = LoadTest(
+                            server.address,
+                            Reads(SERVICE, (KEY,), (Range(KEY, Int64, 0, ENTITIES - 1),)),
+                            (Load(keys, RATE, 4),),
+                            writes if writing else None,
+                            rounds=1,
+                            round_s=SECONDS,
+                            warm_up_s=0.5,
+                            seed=turn,
+                        )
+                        found[writing] += run(test, clock_us()).points
+                figures += _figures(f"{transport}, {keys} {'key' if keys == 1 else 'keys'}", found)
     return figures
 
 
-def _figures(keys: int, found: dict[bool, list[Point]]) -> list[Figure]:
+def _figures(told: str, found: dict[bool, list[Point]]) -> list[Figure]:
     idle, busy = (_all([point.total() for point in found[writing]]) for writing in (False, True))
     written = _all([point.total_writes() for point in found[True]])
-    told = f"{keys} {'key' if keys == 1 else 'keys'}"
     p99s = [total.latency.quantile_ns(0.99) / 1e3 for total in (idle, busy)]
     note = f"p50 {number(idle.latency.quantile_ns(0.5) / 1e3)} us and {number(busy.latency.quantile_ns(0.5) / 1e3)} us"
     rows = written.answered * WRITTEN_AT_ONCE / written.seconds
