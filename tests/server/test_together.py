@@ -12,8 +12,8 @@ import pytest
 
 import featserve
 from featserve._proto import serving_pb2 as pb
-from featserve.errors import CorruptRow, FeatserveError
-from featserve.server.service import TOGETHER_BYTES, Call, Limits, Record, Service
+from featserve.errors import CorruptRow, DeadlineExceeded, FeatserveError
+from featserve.server.service import READS, TOGETHER_BYTES, WRITES, Call, Limits, Record, Service
 from featserve.stages import Stages
 from tests.server.messages import activity, now_us, numbers, packed, ranking, read_error, texts, weather, wide
 from tests.serving import DAMAGED, Project, Server
@@ -99,6 +99,20 @@ def test_nobody_is_answered_where_the_read_fails(service: Service) -> None:
     """A damaged row fails the read of all who share it; it says nothing of whose row it is, so all are asked again."""
     with pytest.raises(CorruptRow):
         together(service, wide(1), wide(DAMAGED[0]))
+
+
+@pytest.mark.parametrize("method", [*READS, *WRITES])
+def test_expired_work_is_dropped_unread(
+    service: Service, monkeypatch: pytest.MonkeyPatch, method: str, rng: np.random.Generator
+) -> None:
+    """A call whose deadline has passed is refused before anything of it is looked at: it could be of any bytes."""
+    for name in ("read_many", "write_many", "update"):
+        monkeypatch.setattr(service.engine.store, name, None)
+    for message in (wide(1).SerializeToString(), rng.bytes(40)):
+        with pytest.raises(DeadlineExceeded, match="nothing was done"):
+            (READS | WRITES)[method](service, message, Call((), 0))
+    with pytest.raises(DeadlineExceeded, match="nothing was done"):
+        service.stream_rows().add(rng.bytes(40), Call((), -1.0))
 
 
 def test_expired_and_watched_calls_are_left(service: Service) -> None:
