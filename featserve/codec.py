@@ -72,6 +72,8 @@ def encode_keys(columns: Sequence[Column]) -> list[bytes]:
 
 def _key_part(col: Column, last: bool) -> list[bytes]:
     if col.offsets is None:
+        if len(col.values) == 1:
+            return [col.values.tobytes()[::-1]]
         raw: list[bytes] = col.values.byteswap().view(_RAW[col.values.itemsize]).tolist()
         return raw
     values = col.to_bytes_list()
