@@ -108,7 +108,7 @@ def _observe(to: Any, meter: Meter, store: OnlineStore, follower: Follower | Non
     counter("featserve.rows.stored", "{row}", "Rows written that were the newest", lambda: _written(meter, 1))
     gauge("featserve.store.size", "By", "What the store takes on disk", lambda: [({}, store.size_bytes())])
     lag_s: Callable[[], float] = (lambda: 0.0) if follower is None else follower.lag_s
-    gauge("featserve.store.lag", "s", "How long ago it held all that was written", lambda: [({}, lag_s())])
+    gauge("featserve.store.lag", "s", "How long ago it last caught up with its writer", lambda: [({}, lag_s())])
     counter("featserve.store.lookups", "{lookup}", "Look-ups in the store's caches", lambda: _lookups(store))
 
 

@@ -52,7 +52,7 @@ class Follower:
         self._waiting: list[tuple[int, float, Future[None]]] = []
         self._lock = threading.Lock()
         self._wake, self._closing = threading.Event(), False
-        self._held_s, self._logged_s = time.monotonic(), -LOGGED_EVERY_S
+        self._caught_up_s, self._logged_s = time.monotonic(), -LOGGED_EVERY_S
         self._thread = threading.Thread(target=self._follow, name="featserve-follower", daemon=True)
         self._thread.start()
 
@@ -70,8 +70,8 @@ class Follower:
         return promise
 
     def lag_s(self) -> float:
-        """Return how many seconds ago the store held all that had been written."""
-        return time.monotonic() - self._held_s
+        """Return how many seconds ago it began to catch up, the last time that it could."""
+        return time.monotonic() - self._caught_up_s
 
     def close(self) -> None:
         """Stop following; what is waited for fails. The store stays open."""
@@ -87,7 +87,7 @@ class Follower:
             began_s = time.monotonic()
             try:
                 self._store.catch_up()
-                self._held_s = began_s
+                self._caught_up_s = began_s
             except Exception as error:  # the top of a background loop
                 if began_s >= self._logged_s + LOGGED_EVERY_S:
                     self._logged_s = began_s
@@ -113,8 +113,7 @@ class Follower:
 
     def _late(self, sequence: int, held: int) -> DeadlineExceeded:
         return DeadlineExceeded(
-            f"write {sequence:,} was asked for; the store here holds {held:,}, and held all that was written "
-            f"{self.lag_s():.3f} s ago"
+            f"write {sequence:,} was asked for; the store here holds {held:,}, and last caught up {self.lag_s():.3f} s ago"
         )
 
     def _give_up(self) -> None:
