@@ -113,7 +113,8 @@ class Follower:
 
     def _late(self, sequence: int, held: int) -> DeadlineExceeded:
         return DeadlineExceeded(
-            f"write {sequence:,} was asked for; the store here holds {held:,}, and last caught up {self.lag_s():.3f} s ago"
+            f"write {sequence:,} was asked for; the store here holds {held:,}, and last caught up "
+            f"{self.lag_s():.3f} s ago"
         )
 
     def _give_up(self) -> None:
