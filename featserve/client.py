@@ -25,6 +25,7 @@ from featserve.frames import Frame, request_of, rows_of
 from featserve.matrix import FeatureMatrix
 from featserve.schema import ServiceSchema, ServiceSummary
 from featserve.stages import Stages
+from featserve.tls import advice
 from featserve.types import Type, to_us
 from featserve.wire import (
     FULL_METHOD,
@@ -88,7 +89,8 @@ def connect(
     """Return a client of the server at ``target`` ("host:port"); it connects when first used.
 
     ``timeout``: the seconds that a call may take, retries included, unless the call says otherwise. ``connections``:
-    calls go over so many in turn; a server of several workers spreads them by connection.
+    calls go over so many in turn; a server of several workers spreads them by connection. ``credentials``: those of
+    ``grpc.ssl_channel_credentials`` for a server with TLS; plaintext without.
     """
     return Client(target, timeout=timeout, connections=connections, credentials=credentials)
 
@@ -402,5 +404,5 @@ def translated(error: Any, target: str) -> FeatserveError:
     if details is None:
         if "message larger than max" in (error.details() or ""):  # gRPC has no other sign of it
             return errors.TooLarge(f"{target}: {error.details()}. Send several requests")
-        return kind(f"{target}: {error.code().name}: {error.details()}")
+        return kind(f"{target}: {error.code().name}: {error.details()}{advice(error.details() or '')}")
     return decode_error(details, str(error.details()), kind)

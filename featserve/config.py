@@ -30,6 +30,7 @@ ENVIRONMENT = {
 """Variables that win over the file, for what differs between two deployments of one project."""
 
 TRANSPORTS = ("grpcio", "native", "auto")
+TLS_FILES = {"tls_certificate", "tls_key", "tls_client_ca"}
 
 YEAR_SECONDS = 365 * 86_400.0
 
@@ -90,6 +91,9 @@ class ServerConfig:
     ``default_deadline_ms``: for a request that carries none. ``drain_seconds``: how long requests in flight may take
     after SIGTERM. ``registry_poll_seconds``: how often it looks for a newly applied definition.
     ``max_future_skew_seconds``: how far ahead of the clock a written row's time may be.
+
+    ``tls_certificate``, ``tls_key``: files in PEM, both or neither; without them nothing is encrypted. With
+    ``tls_client_ca`` a client has to show a certificate of one of these CAs.
     """
 
     host: str = "127.0.0.1"
@@ -103,9 +107,19 @@ class ServerConfig:
     drain_seconds: float = between(10.0, 0, 3_600)
     registry_poll_seconds: float = between(2.0, 0.01, 86_400)
     max_future_skew_seconds: float = between(300.0, 0, YEAR_SECONDS)
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
 
     def __post_init__(self) -> None:
-        check(self, "server")
+        values = check(self, "server")
+        for name in TLS_FILES & values.keys():
+            object.__setattr__(self, name, Path(values[name]))
+        missing = [name for name in ("tls_certificate", "tls_key") if name not in values]
+        if missing and TLS_FILES & values.keys():
+            raise DefinitionError(
+                f"[server] {' and '.join(missing)}: not set; TLS needs a certificate and the key that belongs to it"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +161,8 @@ class Config:
         folder = self.folder.resolve()
         object.__setattr__(self, "folder", folder)
         object.__setattr__(self, "store", replace(self.store, path=folder / self.store.path))
+        files = {name: folder / path for name in TLS_FILES if (path := getattr(self.server, name)) is not None}
+        object.__setattr__(self, "server", replace(self.server, **files))
         if self.registry.url.startswith(SQLITE):
             database = folder / self.registry.url.removeprefix(SQLITE)
             object.__setattr__(self, "registry", replace(self.registry, url=f"{SQLITE}{database}"))

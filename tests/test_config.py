@@ -31,6 +31,9 @@ default_deadline_ms = 250
 drain_seconds = 1
 registry_poll_seconds = 0.5
 max_future_skew_seconds = 0
+tls_certificate = "tls/server.pem"
+tls_key = "tls/server.key"
+tls_client_ca = "/etc/ssl/clients.pem"
 """
 
 
@@ -54,7 +57,8 @@ def test_every_key_is_read(project: Path) -> None:
     assert config.registry.url == f"sqlite:///{project}/state/registry.db"
     assert config.store.path == project / "state/store"
     assert (config.store.durability, config.store.block_cache_mb, config.store.row_cache_mb) == ("fsync", 8, 0)
-    assert config.server == ServerConfig("0.0.0.0", 0, 3, "auto", 4, 100, 3, 250, 1, 0.5, 0)
+    tls = (project / "tls/server.pem", project / "tls/server.key", Path("/etc/ssl/clients.pem"))
+    assert config.server == ServerConfig("0.0.0.0", 0, 3, "auto", 4, 100, 3, 250, 1, 0.5, 0, *tls)
 
 
 def test_an_empty_file_is_a_project(project: Path) -> None:
@@ -132,6 +136,10 @@ def test_a_bad_variable_is_named(project: Path, variable: str, value: str, compl
         ("[server]\ndrain_seconds = inf", r"\[server\] drain_seconds: inf is not from 0"),
         ("[server]\nregistry_poll_seconds = 0", r"\[server\] registry_poll_seconds: 0 is not from 0.01"),
         ('[server]\nhost = ""', r"\[server\] host: expected a text that is not empty"),
+        ('[server]\ntls_certificate = "a"', r"\[server\] tls_key: not set; TLS needs a certificate and the key"),
+        ('[server]\ntls_key = "a"', r"\[server\] tls_certificate: not set; TLS needs"),
+        ('[server]\ntls_client_ca = "a"', r"\[server\] tls_certificate and tls_key: not set; TLS needs"),
+        ("[server]\ntls_key = 3", r"\[server\] tls_key: expected a path, got 3"),
         ('[store]\ndurability = "none"', r"\[store\] durability: 'none' is not one of process, fsync"),
         ("[store]\npath = 3", r"\[store\] path: expected a path, got 3"),
         ('[project]\ndefinitions = "features.py"', r"\[project\] definitions: expected a list"),

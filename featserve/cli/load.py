@@ -25,7 +25,8 @@ from rich.text import Text
 from featserve.batch import Arrival, EventBatch, Pushed
 from featserve.catalog import Snapshot
 from featserve.cli.show import STDERR, note, show, show_error, table
-from featserve.client import Client, connect
+from featserve.cli.target import Target
+from featserve.client import Client
 from featserve.config import Config
 from featserve.definitions import CsvSource, FeatureView, ParquetSource
 from featserve.embedded import Embedded, clock_us, instant_us
@@ -58,7 +59,7 @@ class Finished:
     seconds: float
 
 
-def materialize(config: Config, names: tuple[str, ...], as_of: datetime | None, target: str | None) -> int:
+def materialize(config: Config, names: tuple[str, ...], as_of: datetime | None, target: Target | None) -> int:
     """Load views, print what was loaded, and return the exit code: 1 where a source was at fault, 130 on Ctrl-C."""
     as_of_us = instant_us(as_of)
     with ExitStack() as stack:
@@ -69,7 +70,7 @@ def materialize(config: Config, names: tuple[str, ...], as_of: datetime | None, 
         else:
             registry = stack.enter_context(Registry.open(config.registry.url, create=False))
             snapshot = registry.snapshot()
-            load_view = _sends(config, registry, stack.enter_context(connect(target)), as_of_us)
+            load_view = _sends(config, registry, stack.enter_context(target.connect()), as_of_us)
         views, gone = chosen(snapshot, names, config.folder)
         for view in gone:
             note("Left out:", f"{view.id}; its files are gone, and only services with a later version read it.")
@@ -163,7 +164,9 @@ def portions(batch: EventBatch, limit_rows: int, limit_bytes: int) -> Iterator[A
         start = stop
 
 
-def push(config: Config, reference: str, path: Path, event_time: str, known_at: str | None, target: str | None) -> int:
+def push(
+    config: Config, reference: str, path: Path, event_time: str, known_at: str | None, target: Target | None
+) -> int:
     """Push the events of a Parquet or CSV file, print what became of them, and return the exit code."""
     made = CsvSource if path.name.endswith((".csv", ".csv.gz")) else ParquetSource
     source = made(str(path.resolve()), event_time=event_time, known_at=known_at)
@@ -177,7 +180,7 @@ def push(config: Config, reference: str, path: Path, event_time: str, known_at: 
         else:
             registry = stack.enter_context(Registry.open(config.registry.url, create=False))
             plan = Plans(registry.snapshot()).events(reference)
-            client = stack.enter_context(connect(target))
+            client = stack.enter_context(target.connect())
             send = partial(_push_message, client, plan.source.id)
         bar, check = stack.enter_context(_progress()), stack.enter_context(_interruptible())
         note = _noted(bar, bar.add_task(plan.source.id, total=1.0, rows=0), check)

@@ -16,8 +16,8 @@ from rich.text import Text
 
 from featserve.cli.columns import parse_values, read_file
 from featserve.cli.show import STDERR, counted, facts, note, show, show_json, table
-from featserve.cli.verbs import address, as_json
-from featserve.client import connect
+from featserve.cli.target import Target, asks
+from featserve.cli.verbs import as_json
 from featserve.embedded import clock_us
 from featserve.errors import InvalidRequest, hint
 from featserve.frames import columns_of
@@ -103,7 +103,7 @@ def load_test() -> None:
 @load_test.command("run")
 @click.argument("service")
 @click.argument("keys", nargs=-1, metavar="[KEY=VALUES]...")
-@click.option("--server", "target", type=address, metavar="HOST:PORT", required=True, help="The server to load.")
+@asks("--server", "The server to load.", required=True)
 @click.option("--keys-file", type=existing, help="Draw rows of key (and request) columns from this file.")
 @click.option(
     "--zipf", type=float, default=0.0, metavar="S", help="Draw keys by Zipf's law, as in 0.99; default: evenly."
@@ -126,7 +126,7 @@ def load_test() -> None:
 def run_(
     service: str,
     keys: tuple[str, ...],
-    target: str,
+    target: Target,
     keys_file: Path | None,
     zipf: float,
     batch: tuple[int, ...],
@@ -162,16 +162,16 @@ def run_(
     if plotted is not None:
         check_plot(plotted)
     if not options["allow_remote"]:
-        check_loopback(target)
-    with connect(target) as client:
+        check_loopback(target.address)
+    with target.connect() as client:
         schema = client.describe(service)
     reads = Reads(service, tuple(schema.keys), axes_of(schema, keys, keys_file), zipf)
     writes = None
     if view is not None and write_file is not None:
-        expected = describe_view(target, view)
+        expected = describe_view(target.address, view, target.tls)
         writes = Writes(view, columns_of(read_file(write_file, expected), expected), write_rate)
     loads = tuple(Load(b, r, c) for b in batch for c in connections for r in (rate or (None,)))
-    test = LoadTest(target, reads, loads, writes, **options)  # type: ignore[arg-type]
+    test = LoadTest(target.address, reads, loads, writes, tls=target.tls, **options)  # type: ignore[arg-type]
     result = _run(test)
     if saved is not None:
         result.save(saved)

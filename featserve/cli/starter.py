@@ -42,6 +42,11 @@ port = 7070
 # default_deadline_ms = 5000     # for a request that carries no deadline
 # drain_seconds = 10             # how long requests in flight may take after SIGTERM
 # registry_poll_seconds = 2      # how soon what is applied is served, without a restart
+# Without these two nothing is encrypted, and whoever reaches the port reads and writes: stay on loopback or a private
+# network. With the third, clients show a certificate, too. Renewed files are taken without a restart.
+# tls_certificate = "tls/server.pem"
+# tls_key = "tls/server.key"
+# tls_client_ca = "tls/clients.pem"
 
 [telemetry]
 # prometheus_port = 9464         # metrics, at http://HOST:9464/metrics

@@ -18,7 +18,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from featserve import training
 from featserve.cli.show import STDERR, counted, facts, show, show_json, size, table
-from featserve.cli.verbs import Verb, applied, as_json, project, settings
+from featserve.cli.target import Verb
+from featserve.cli.verbs import applied, as_json, project, settings
 from featserve.errors import CallerError, DefinitionError
 from featserve.leakage import LeakageReport, check_plot
 from featserve.leakage import leakage as report_leakage

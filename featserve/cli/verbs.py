@@ -6,11 +6,10 @@ import getpass
 import os
 import shlex
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 from rich.text import Text
@@ -44,7 +43,7 @@ from featserve.cli.show import (
     show_unchanged,
 )
 from featserve.cli.starter import NEXT, TOLD, write_starter
-from featserve.client import connect
+from featserve.cli.target import Target, Verb, asks
 from featserve.config import TRANSPORTS, Config, load_config
 from featserve.embedded import Embedded, clock_us, instant_us
 from featserve.errors import RegistryMissing
@@ -53,8 +52,6 @@ from featserve.registry import Registry
 from featserve.server.app import run
 from featserve.server.logs import configure
 from featserve.stages import Stages
-
-Verb = TypeVar("Verb", bound=Callable[..., Any])
 
 CONFLICTS = (
     "nothing can be applied while there are conflicts. A version never changes its meaning: undo the edit, or raise "
@@ -69,14 +66,6 @@ def instant(text: str) -> datetime:
     except ValueError:
         raise click.BadParameter(f"{text!r} is not a time as in 2026-01-31 or 2026-01-31T12:00:00Z") from None
     return found if found.tzinfo else found.replace(tzinfo=UTC)
-
-
-def address(text: str) -> str:
-    """Return where a server listens, ``HOST:PORT``."""
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdigit():
-        raise click.BadParameter(f"{text!r} is not HOST:PORT, as in 127.0.0.1:7070")
-    return text
 
 
 def project(verb: Verb) -> Verb:
@@ -98,7 +87,7 @@ def settings(folder: Path) -> Config:
 
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-server = click.option("--server", "target", type=address, metavar="HOST:PORT", help="Ask this running server.")
+server = asks("--server", "Ask this running server.")
 
 
 @click.command()
@@ -189,9 +178,11 @@ def user() -> str:
 @click.option(
     "--as-of", type=instant, metavar="TIME", help="Load the rows that were visible at this instant, by default now."
 )
-@click.option("--to", "target", type=address, metavar="HOST:PORT", help="Send the rows to this running server.")
+@asks("--to", "Send the rows to this running server.")
 @click.pass_context
-def materialize(ctx: click.Context, views: tuple[str, ...], folder: Path, as_of: datetime | None, target: str) -> None:
+def materialize(
+    ctx: click.Context, views: tuple[str, ...], folder: Path, as_of: datetime | None, target: Target | None
+) -> None:
     """Load views from their sources into the store.
 
     VIEW is name (its highest version) or name@version. Without any, all views that have a source: the highest version
@@ -218,10 +209,16 @@ def materialize(ctx: click.Context, views: tuple[str, ...], folder: Path, as_of:
 @project
 @click.option("--event-time", default="event_time", metavar="COLUMN", show_default=True, help="When an event happened.")
 @click.option("--known-at", metavar="COLUMN", help="When it became known; by default when it happened.")
-@click.option("--to", "target", type=address, metavar="HOST:PORT", help="Send the events to this running server.")
+@asks("--to", "Send the events to this running server.")
 @click.pass_context
 def push(
-    ctx: click.Context, source: str, file: Path, folder: Path, event_time: str, known_at: str | None, target: str | None
+    ctx: click.Context,
+    source: str,
+    file: Path,
+    folder: Path,
+    event_time: str,
+    known_at: str | None,
+    target: Target | None,
 ) -> None:
     """Count the events of a file in the windows of views.
 
@@ -273,6 +270,8 @@ def tell_served(config: Config, address: str) -> None:
     with Registry.open(config.registry.url, create=False) as registry:
         services = registry.snapshot().services
     show(Text.assemble("Listening on ", (address, "bold")))
+    if config.server.tls_certificate is not None:
+        show("  with TLS" + (", to clients that show a certificate" if config.server.tls_client_ca else ""))
     for service in services.values():
         features = counted(len(service.fields), "feature")
         show(f"  {service.id}: {features} by {columns_of(service.keys.items())}")
@@ -299,7 +298,7 @@ def get(
     service: str,
     keys: tuple[str, ...],
     folder: Path,
-    target: str | None,
+    target: Target | None,
     file: Path | None,
     as_of: datetime | None,
     explain: bool,
@@ -322,8 +321,9 @@ def get(
       featserve get churn customer_id=1001,1002
       featserve get churn --keys-file customers.csv --json
       featserve get churn@1 customer_id=1001 --server 127.0.0.1:7070 --explain
+      featserve get churn customer_id=1001 --server features.example:7070 --ca ca.pem
     """
-    with connect(target) if target else Embedded(settings(folder), "read") as source:
+    with target.connect() if target else Embedded(settings(folder), "read") as source:
         schema = source.describe(service)
         columns = read_columns(keys, file, schema.keys | schema.request_columns)
         if not columns:
@@ -345,7 +345,7 @@ def get(
     if stages is not None and as_json:
         show_stages_json(stages.timed(), matrix.schema, took_ns)
     elif stages is not None:
-        show_stages(stages.timed(), matrix.schema, took_ns, target)
+        show_stages(stages.timed(), matrix.schema, took_ns, None if target is None else target.address)
 
 
 @click.command()
@@ -353,7 +353,7 @@ def get(
 @project
 @server
 @as_json
-def describe(name: str | None, folder: Path, target: str | None, as_json: bool) -> None:
+def describe(name: str | None, folder: Path, target: Target | None, as_json: bool) -> None:
     """Describe a service, view or entity.
 
     NAME is name (its highest version), name@version, or a service's name#hash; without it, everything is described. A
@@ -367,7 +367,7 @@ def describe(name: str | None, folder: Path, target: str | None, as_json: bool) 
     if target is None:
         found: list[Described] = [*find(applied(folder), name)]
     else:
-        with connect(target) as client:
+        with target.connect() as client:
             names = [name] if name else [s.name for s in client.list_services() if s.promoted]
             found = [client.describe(reference) for reference in names]
     for i, definition in enumerate(found):
@@ -383,7 +383,7 @@ def describe(name: str | None, folder: Path, target: str | None, as_json: bool) 
 @project
 @server
 @as_json
-def list_(folder: Path, target: str | None, as_json: bool) -> None:
+def list_(folder: Path, target: Target | None, as_json: bool) -> None:
     """List what was applied.
 
     A server lists its services only. The bare name of a service means its promoted version.
@@ -396,7 +396,7 @@ def list_(folder: Path, target: str | None, as_json: bool) -> None:
         snapshot = applied(folder)
         (show_all_json if as_json else show_all)(snapshot)
         return
-    with connect(target) as client:
+    with target.connect() as client:
         services = client.list_services()
     if as_json:
         show_json({"services": [asdict(service) for service in services]})

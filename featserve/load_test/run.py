@@ -25,6 +25,7 @@ from featserve.load_test.result import Point, Result, Round, merge
 from featserve.load_test.source import Load, Reads, Writes
 from featserve.load_test.worker import OPTIONS, READY, Phase, work
 from featserve.matrix import Status
+from featserve.tls import Pem
 from featserve.types import Type
 from featserve.wire import FULL_METHOD, decode_view
 
@@ -47,6 +48,8 @@ Progress = Callable[[int, float], None]
 class LoadTest:
     """What is sent to ``target`` ("host:port"): each of ``loads`` in turn, a warm-up and ``rounds`` rounds.
 
+    ``tls``: what is trusted and shown there, None for plaintext.
+
     Raises CallerError for a target that is not on this machine, unless ``allow_remote``, and for a test that would take
     over an hour or over 50 million requests.
     """
@@ -62,6 +65,7 @@ class LoadTest:
     timeout_s: float = 5.0
     seed: int = 0
     allow_remote: bool = False
+    tls: Pem | None = None
 
     def __post_init__(self) -> None:
         limits = (
@@ -104,9 +108,13 @@ def check_loopback(target: str) -> None:
         )
 
 
-def describe_view(target: str, view: str) -> dict[str, Type]:
+def describe_view(target: str, view: str, tls: Pem | None = None) -> dict[str, Type]:
     """Return the type of each column of a view's rows, as the server at ``target`` has it."""
-    with grpc.insecure_channel(target, OPTIONS) as channel:
+    with (
+        grpc.insecure_channel(target, OPTIONS)
+        if tls is None
+        else grpc.secure_channel(target, tls.channel_credentials(), OPTIONS)
+    ) as channel:
         method = channel.unary_unary(
             f"{FULL_METHOD}DescribeView",
             pb.DescribeViewRequest.SerializeToString,
@@ -128,8 +136,8 @@ def run(test: LoadTest, now_us: int, progress: Progress = lambda load, part: Non
     # Each process has its own stream of random numbers, so their arrivals are independent: together a Poisson process.
     seeds = iter(np.random.SeedSequence(test.seed).spawn(test.processes + 1))
     with ExitStack() as stack:
-        readers = [stack.enter_context(_process(test.target, test.reads, next(seeds))) for _ in range(test.processes)]
-        writers = [] if test.writes is None else [stack.enter_context(_process(test.target, test.writes, next(seeds)))]
+        readers = [stack.enter_context(_process(test, test.reads, next(seeds))) for _ in range(test.processes)]
+        writers = [] if test.writes is None else [stack.enter_context(_process(test, test.writes, next(seeds)))]
         points: list[Point] = []
         for number, load in enumerate(test.loads):
             pipes, phases = list(zip(readers, _parts(test, load), strict=False)), []
@@ -143,7 +151,8 @@ def run(test: LoadTest, now_us: int, progress: Progress = lambda load, part: Non
 
 def _probe(test: LoadTest) -> tuple[str, float]:
     """Return the service that answers, and the part of a sample of its rows that it has."""
-    with connect(test.target, timeout=test.timeout_s) as client:
+    credentials = None if test.tls is None else test.tls.channel_credentials()
+    with connect(test.target, timeout=test.timeout_s, credentials=credentials) as client:
         schema = client.describe(test.reads.service)
         rows = min(PROBED, max(load.batch for load in test.loads) * 20)
         drawn = test.reads.draw(rows, np.random.default_rng(test.seed))
@@ -204,11 +213,11 @@ def _received(pipe: Connection) -> Any:
 
 
 @contextmanager
-def _process(target: str, source: Reads | Writes, seed: np.random.SeedSequence) -> Iterator[Connection]:
+def _process(test: LoadTest, source: Reads | Writes, seed: np.random.SeedSequence) -> Iterator[Connection]:
     """Start a process that takes phases; it is gone at the end, whatever happens."""
     context = get_context("spawn")  # gRPC does not survive a fork
     ours, theirs = context.Pipe()
-    process = context.Process(target=work, args=(theirs, target, source, seed), daemon=True)
+    process = context.Process(target=work, args=(theirs, test.target, test.tls, source, seed), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -225,6 +234,7 @@ def settings_of(test: LoadTest, load_average: float) -> dict[str, Any]:
     written = None if test.writes is None else {"view": test.writes.view, "rows_per_s": test.writes.rate}
     return {
         "target": test.target,
+        "tls": test.tls is not None,
         "keys": {", ".join(axis.columns(np.zeros(0, np.int64))): axis.size for axis in test.reads.axes},
         "zipf": test.reads.exponent,
         "writes": written,

@@ -25,6 +25,7 @@ import numpy as np
 from featserve.load_test.arrivals import poisson
 from featserve.load_test.result import Round
 from featserve.load_test.source import Reads, Writes
+from featserve.tls import Pem
 from featserve.wire import FULL_METHOD
 
 CONNECT_S = 10.0
@@ -137,9 +138,14 @@ async def _ask(call: Call, request: bytes, due_ns: int, timeout_s: float, record
 
 
 @asynccontextmanager
-async def connected(target: str, method: str, connections: int) -> AsyncIterator[list[Call]]:
+async def connected(target: str, tls: Pem | None, method: str, connections: int) -> AsyncIterator[list[Call]]:
     """Open connections, each of them ready, and give the call of a method on each: bytes in, bytes out."""
-    channels = [grpc.aio.insecure_channel(target, OPTIONS) for _ in range(connections)]
+    channels = [
+        grpc.aio.insecure_channel(target, OPTIONS)
+        if tls is None
+        else grpc.aio.secure_channel(target, tls.channel_credentials(), OPTIONS)
+        for _ in range(connections)
+    ]
     try:
         await asyncio.wait_for(asyncio.gather(*(channel.channel_ready() for channel in channels)), CONNECT_S)
         yield [channel.unary_unary(FULL_METHOD + method) for channel in channels]
@@ -153,7 +159,7 @@ def new_loop() -> asyncio.AbstractEventLoop:
     return asyncio.SelectorEventLoop(selectors.SelectSelector())
 
 
-def work(pipe: Connection, target: str, source: Reads | Writes, seed: np.random.SeedSequence) -> None:
+def work(pipe: Connection, target: str, tls: Pem | None, source: Reads | Writes, seed: np.random.SeedSequence) -> None:
     """Take phases from a pipe until it says None or is closed. Each is answered twice: READY, then its rounds, or text
     that says what went wrong.
     """
@@ -163,17 +169,22 @@ def work(pipe: Connection, target: str, source: Reads | Writes, seed: np.random.
     with asyncio.Runner(loop_factory=new_loop) as runner:
         try:
             while (phase := pipe.recv()) is not None:
-                runner.run(_serve(pipe, phase, target, source, random))
+                runner.run(_serve(pipe, phase, target, tls, source, random))
         except EOFError:
             return
 
 
 async def _serve(
-    pipe: Connection, phase: Phase, target: str, source: Reads | Writes, random: np.random.Generator
+    pipe: Connection,
+    phase: Phase,
+    target: str,
+    tls: Pem | None,
+    source: Reads | Writes,
+    random: np.random.Generator,
 ) -> None:
     requests = source.requests(phase.batch, random)
     try:
-        async with connected(target, source.method, phase.connections) as calls:
+        async with connected(target, tls, source.method, phase.connections) as calls:
             pipe.send(READY)
             start_ns = pipe.recv()
             if phase.rate is None:

@@ -22,7 +22,7 @@ from featserve.errors import FeatserveError
 from featserve.plan import Plans
 from featserve.registry import Registry
 from featserve.server.forward import Forward
-from featserve.server.grpcio import GrpcioServer
+from featserve.server.grpcio import GrpcioServer, certificates
 from featserve.server.service import Limits, Service
 from featserve.server.telemetry import Telemetry
 from featserve.server.transport import Transport, transport
@@ -42,8 +42,11 @@ def run(config: Config, ready: Callable[[str], None] = lambda address: None) -> 
     """Serve until SIGTERM or SIGINT; ``ready`` is called with ``host:port`` once requests are taken.
 
     SIGHUP takes what was newly applied at once; otherwise the registry is looked at every
-    ``registry_poll_seconds``. Raises StoreError, RegistryConflict or ServingError where it cannot start.
+    ``registry_poll_seconds``. Raises StoreError, RegistryConflict, ServingError or DefinitionError where it cannot
+    start; what is wrong with the transport or with TLS, before anything is opened.
     """
+    transport(config.server)
+    certificates(config.server)
     workers = config.server.workers or cores()
     if workers > 1:
         supervise(config, workers, ready)

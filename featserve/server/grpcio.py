@@ -27,6 +27,7 @@ from featserve.server.service import READS, SERVICE_NAME, WRITE_STREAMS, WRITES,
 from featserve.server.status import DETAILS_KEY, failed
 from featserve.server.telemetry import Telemetry
 from featserve.store.follow import Behind
+from featserve.tls import Certificates
 
 HEALTH_NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 Context = grpc.aio.ServicerContext[bytes, bytes]
@@ -63,6 +64,7 @@ class GrpcioServer:
         until they are told that a call is taken on.
         """
         self._service, self._telemetry, self._forward = service, telemetry, forward
+        self._config = config
         self._default_deadline_s = config.default_deadline_ms / 1_000
         self._most_bytes, self._most_calls, self._taken = config.max_message_mb << 20, config.max_concurrent, 0
         self.load, self._beside, self._for_workers = telemetry.load(), beside or Load(), for_workers
@@ -70,19 +72,27 @@ class GrpcioServer:
         self._health = Health(("", SERVICE_NAME))
 
     async def start(self, host: str, port: int, *, reuse_port: bool = False) -> int:
-        """Listen; return the port. Raises ServingError where the address cannot be had.
+        """Listen, with TLS where the settings say so; return the port.
 
-        ``reuse_port``: other processes may listen on it, too, and the kernel spreads connections over all of them.
+        Raises ServingError where the address cannot be had, DefinitionError for a wrong file of TLS. ``reuse_port``:
+        other processes may listen on it, too, and the kernel spreads connections over all of them.
         """
-        return await self.listen(f"{host}:{port}", reuse_port=reuse_port)
+        shown = certificates(self._config)
+        credentials = None if shown is None else shown.credentials()
+        return await self.listen(f"{host}:{port}", credentials, reuse_port=reuse_port)
 
-    async def listen(self, address: str, *, reuse_port: bool = False) -> int:
-        """Listen on ``host:port`` or ``unix:path``; see ``start``."""
+    async def listen(
+        self, address: str, credentials: grpc.ServerCredentials | None = None, *, reuse_port: bool = False
+    ) -> int:
+        """Listen on ``host:port`` or ``unix:path``, in plaintext without ``credentials``; see ``start``."""
         self._server = self._open(reuse_port)
         try:
-            bound = self._server.add_insecure_port(address)
+            if credentials is None:
+                bound = self._server.add_insecure_port(address)
+            else:
+                bound = self._server.add_secure_port(address, credentials)
         except RuntimeError as error:
-            raise cannot_listen(address, error) from None
+            raise cannot_listen(address, error, secured=credentials is not None) from None
         await self._server.start()
         return bound
 
@@ -279,6 +289,13 @@ class Health(health_pb2_grpc.HealthServicer):
         return statuses(status=statuses.NOT_SERVING if self.stopping.is_set() else statuses.SERVING)
 
 
+def certificates(config: ServerConfig) -> Certificates | None:
+    """Return what a server with TLS shows, None for plaintext. Raises DefinitionError naming a wrong file."""
+    if config.tls_certificate is None or config.tls_key is None:
+        return None
+    return Certificates(config.tls_certificate, config.tls_key, config.tls_client_ca)
+
+
 async def message(context: Context) -> bytes | None:
     """Return the next message of a call, None after the last."""
     data: Any = await context.read()
@@ -307,6 +324,7 @@ def overloaded(most_calls: int) -> Overloaded:
     return Overloaded(f"{most_calls:,} calls are under way, the most here ([server] max_concurrent); try again later")
 
 
-def cannot_listen(address: str, why: Exception) -> ServingError:
-    """Return the error of an address that cannot be had."""
-    return ServingError(f"cannot listen on {address}: {why}. Choose another [server] port")
+def cannot_listen(address: str, why: Exception, *, secured: bool = False) -> ServingError:
+    """Return the error of an address that cannot be had; ``secured``: or of a certificate that gRPC does not take."""
+    kind = ", or a certificate of a common kind, RSA or ECDSA over P-256" if secured else ""
+    return ServingError(f"cannot listen on {address}: {why}. Choose another [server] port{kind}")

@@ -32,10 +32,17 @@ class Transport(Protocol):
 
 
 def transport(config: ServerConfig) -> Callable[[Service, ServerConfig, Telemetry, Forward | None], Transport]:
-    """Return the class of the configured transport. Raises DefinitionError where it is not installed.
+    """Return the class of the configured transport; with TLS it is grpcio.
 
-    Every listener is plaintext today. pygrpc-native has no TLS: with it, this is where grpcio has to be chosen.
+    Raises DefinitionError where it is not installed, or has no TLS.
     """
+    if config.tls_certificate is not None:
+        if config.transport == "native":
+            raise DefinitionError(
+                "[server] transport: 'native' has no TLS: choose 'grpcio' or 'auto', or leave TLS to a proxy and take "
+                "tls_certificate and tls_key out"
+            )
+        return GrpcioServer
     installed = find_spec(NATIVE_PACKAGE) is not None
     if config.transport == "grpcio" or (config.transport == "auto" and not (installed and NATIVE_CONFORMS)):
         return GrpcioServer

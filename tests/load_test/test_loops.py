@@ -134,7 +134,7 @@ def measured(answer: Callable[[], Coroutine[Any, Any, None]], phase: Phase) -> R
     """Load a server that answers so, from this process, and return the one round."""
 
     async def measure() -> Round:
-        async with answering(answer) as target, connected(target, "GetFeatures", phase.connections) as calls:
+        async with answering(answer) as target, connected(target, None, "GetFeatures", phase.connections) as calls:
             start_ns, random = time.monotonic_ns() + 10_000_000, np.random.default_rng(1)
             requests = READS.requests(1, random)
             if phase.rate is None:

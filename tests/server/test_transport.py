@@ -35,6 +35,15 @@ def test_the_settings_choose(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen(transport="auto") is NativeServer
 
 
+def test_tls_is_grpcios(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With TLS "auto" is grpcio whatever pygrpc-native can, and "native" an error that says what to do."""
+    monkeypatch.setattr(transport, "NATIVE_CONFORMS", True)
+    files: dict[str, Path] = {"tls_certificate": Path("server.pem"), "tls_key": Path("server.key")}
+    assert chosen(**files) is chosen(transport="auto", **files) is GrpcioServer
+    with pytest.raises(DefinitionError, match="'native' has no TLS: choose 'grpcio' or 'auto', or leave TLS to"):
+        chosen(transport="native", **files)
+
+
 @pytest.mark.usefixtures("not_installed")
 def test_everything_works_without_the_package() -> None:
     """Without it "auto" is grpcio, and "native" an error that says what to do."""
