@@ -328,7 +328,7 @@ class Engine:
     def _arrive(self, rows: int, now_us: int) -> int:
         """Return the sequence number of the first of ``rows`` arriving now: microseconds, but never the same twice.
 
-        They rise over a restart, too, even where the clock was set back: a new engine begins above all of the one before.
+        They rise over a restart, too, even where the clock was set back: an engine begins above all of the one before.
         """
         with self._lock:
             first = max(self._sequence + 1, now_us)

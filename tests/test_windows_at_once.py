@@ -216,7 +216,7 @@ def killed(folder: Path, first: int, place: str, seconds: float) -> int:
 
 
 @pytest.mark.parametrize(
-    ("place", "kills"), [*((place, 1) for place in PLACES), pytest.param("anywhere", 40, marks=pytest.mark.slow)]
+    ("place", "kills"), [*((place, 1) for place in PLACES), pytest.param("anywhere", 25, marks=pytest.mark.slow)]
 )
 def test_a_killed_load_counts_as_a_whole_or_not_at_all(
     tmp_path: Path, rng: np.random.Generator, place: str, kills: int
