@@ -8,6 +8,7 @@ it, too. Reads no clock: ``as_of_us`` says which events count.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def _forget(store: OnlineStore, plan: WindowPlan) -> None:
 
 
 class _History:
-    """The events of a source that windows may still hold, and at last each id once."""
+    """The events of a source that windows may still hold, at or after the newest copy of an event of their entity."""
 
     def __init__(self, plan: WindowPlan) -> None:
         self._plan = plan
@@ -82,16 +83,15 @@ class _History:
         if self._rows > 2 * self._kept + SLACK_ROWS:
             self._trimmed()
 
-    def events(self) -> EventBatch | None:
-        """Return the events; None where no batch was added.
+    def events(self) -> tuple[EventBatch, Mask] | None:
+        """Return the events, and which are the first of their id; None where no batch was added.
 
         Ids are compared only now, so that what counts does not depend on the batches that came.
         """
         if not self._batches:
             return None
         batch = self._trimmed()
-        first = self._first_of_id(batch)
-        return batch if first.all() else batch.take(np.flatnonzero(first))
+        return batch, self._first_of_id(batch)
 
     def _trimmed(self) -> EventBatch:
         """Return the events that a window may still hold, and let go of the others."""
@@ -129,13 +129,14 @@ class _Backfill:
         self._mark = loaded_mark(self._loads)
         self._ids: list[tuple[bytes, bytes]] = []
 
-    def run(self, history: EventBatch | None, load: Load) -> int:
+    def run(self, history: tuple[EventBatch, Mask] | None, load: Load) -> int:
         """Make the records of all entities, those that the history no longer has among them; return what counts."""
         plan = self._plan
         keys: list[bytes] = []
         if history is not None:
-            history = history.take(self._not_pushed(history))
-            keys = encode_keys([history.columns[name] for name in plan.view.entity.keys])
+            batch, first = history
+            history = batch, first & self._not_pushed(batch)
+            keys = encode_keys([batch.columns[name] for name in plan.view.entity.keys])
         prefix = len(plan.records)
         there = (key[prefix:] for key in self._store.keys(plan.records, _after(plan.records)))
         entities = sorted({*keys, *there})
@@ -157,9 +158,18 @@ class _Backfill:
         return counted
 
     def _add(
-        self, history: EventBatch | None, rows: Int64s, owner: Int64s, entities: Sequence[bytes], load: Load
+        self,
+        history: tuple[EventBatch, Mask] | None,
+        rows: Int64s,
+        owner: Int64s,
+        entities: Sequence[bytes],
+        load: Load,
     ) -> int:
-        """Make the records of some entities from their events, ``rows`` of the history; return how many count."""
+        """Make the records of some entities from their events, ``rows`` of the history; return how many count.
+
+        Events were let go of by the time of any copy: before the newest one, also of those that do not count, no read
+        would be right.
+        """
         plan, codec = self._plan, self._plan.codec
         assert plan.pushed is not None
         pool = Pool()
@@ -168,9 +178,12 @@ class _Backfill:
         counts: Array = np.zeros(0, np.bool_)
         batch: EventBatch | None = None
         if history is not None and len(rows):
-            batch = history.take(rows)
+            exact_us = np.full(len(entities), NEVER_US)
+            np.maximum.at(exact_us, owner, history[0].event_time_us[rows])
+            empty = replace(State.empty(codec.layout, len(entities)), exact_us=exact_us)
+            fresh = history[1][rows]
+            batch, owner = history[0].take(rows[fresh]), owner[fresh]
             events = events_of(codec.layout, batch, owner, pool)
-            empty = State.empty(codec.layout, len(entities))
             state = unite(codec.layout, fold(codec.layout, empty, events, self._as_of_us), state)
             counts = reached(codec.layout, state.newest_us, owner, batch.event_time_us)
             self._note_ids(batch, counts, owner, entities)
@@ -189,14 +202,14 @@ class _Backfill:
             expiries = expiry_keys(self._plan, entities, owner[kept], batch.event_time_us[kept], ids)
             self._ids += zip(ids, expiries, strict=True)
 
-    def _not_pushed(self, history: EventBatch) -> Int64s:
-        """Return the events whose id was not pushed."""
+    def _not_pushed(self, history: EventBatch) -> Mask:
+        """Return which events have an id that was not pushed."""
         ids = ids_of(self._plan, history)
         fresh = np.ones(len(history), np.bool_)
         for start in range(0, len(ids), LOOKED_UP):
             found = self._store.read_many([self._plan.ids + id_ for id_ in ids[start : start + LOOKED_UP]])
             fresh[start : start + len(found)] = [mark != PUSHED for mark in found]
-        return np.flatnonzero(fresh)
+        return fresh
 
 
 def _joined(batches: Sequence[EventBatch]) -> EventBatch:

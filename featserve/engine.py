@@ -28,6 +28,10 @@ from featserve.transform import REQUEST_TIME, Slots, request_slot, run
 from featserve.types import NEVER_US, Array, Column, Mask, Timestamp
 
 NOTHING: Mapping[str, Column] = {}
+ARRIVED = b"\x00arrived"
+"""Where the store holds a number above those of all rows that arrived; as a stamp, so that the greatest stays."""
+AHEAD_US = 3_600_000_000
+"""How far above them it is set, so that it seldom has to be."""
 
 
 def read(
@@ -261,7 +265,7 @@ class Engine:
         self.store = store
         self.plans = plans
         self.follower = follower
-        self._sequence = 0
+        self._sequence = self._above = 0
         self._lock = threading.Lock()
 
     def read(
@@ -322,8 +326,16 @@ class Engine:
             raise Behind(self.follower.reached(sequence, seconds))
 
     def _arrive(self, rows: int, now_us: int) -> int:
-        """Return the sequence number of the first of ``rows`` arriving now: microseconds, but never the same twice."""
+        """Return the sequence number of the first of ``rows`` arriving now: microseconds, but never the same twice.
+
+        They rise over a restart, too, even where the clock was set back: an engine begins above all of the one before.
+        """
         with self._lock:
             first = max(self._sequence + 1, now_us)
+            if first + rows > self._above:
+                (found,) = self.store.read_many([ARRIVED])
+                first = max(first, int.from_bytes(found or b"", "big"))
+                self._above = first + rows + AHEAD_US
+                self.store.write_many([ARRIVED], [self._above.to_bytes(32, "big")])
             self._sequence = first + rows - 1
             return first

@@ -332,9 +332,9 @@ def test_a_write_that_does_not_come(tmp_path: Path) -> None:
             assert embedded.get("compact", keys, at_least=token).column("weather.temp").to_list() == [1.0]
             assert writer.get("compact", keys, at_least=token).column("weather.temp").to_list() == [1.0]
             never = f"{token}0"
-            with pytest.raises(DeadlineExceeded, match=r"write 10 was asked for; the store here holds 1"):
+            with pytest.raises(DeadlineExceeded, match=r"write 20 was asked for; the store here holds 2"):
                 embedded.get("compact", keys, at_least=never)
-            with pytest.raises(InvalidRequest, match="write 10 is not in the store here, which holds 1"):
+            with pytest.raises(InvalidRequest, match="write 20 is not in the store here, which holds 2"):
                 writer.get("compact", keys, at_least=never)
     with pytest.raises(InvalidRequest, match="nobody to follow"):
         featserve.open(project.folder, write=True, follow=True)

@@ -286,6 +286,18 @@ def test_of_rows_with_the_same_times_the_last_to_arrive_stays() -> None:
         assert ask(engine, {"origin": ["a"], "dest": ["b"]}).to_dict() == {"traffic.cars": rows["cars"][-1:]}
 
 
+def test_rows_that_arrive_after_a_restart_come_after_those_before(tmp_path: Path) -> None:
+    """Exact ties go to the later row also where the engine was started again and the clock set back, however often."""
+    before_us, cars = [NOW_US - 10 * SKEW_US] * 2, iter(range(100))
+    for now_us in (NOW_US, NOW_US - SKEW_US, NOW_US - SKEW_US, NOW_US + SKEW_US, NOW_US):
+        with opened("rocksdb", tmp_path) as store:
+            engine = engine_of(store, TRAFFIC)
+            for _ in range(3):
+                rows: dict[str, list[Any]] = {"origin": ["a"] * 2, "dest": ["b"] * 2, "cars": [next(cars), next(cars)]}
+                assert write(engine, TRAFFIC, rows, before_us, before_us, now_us=now_us) == Written(2, 1)
+                assert ask(engine, {"origin": ["a"], "dest": ["b"]}).to_dict() == {"traffic.cars": rows["cars"][-1:]}
+
+
 def test_composite_keys_never_collide() -> None:
     """Keys that read the same when joined are different entities."""
     engine = engine_of(MemoryStore(), TRAFFIC)
@@ -317,6 +329,7 @@ def test_a_request_is_one_read_of_distinct_keys() -> None:
     store = Counted()
     engine = engine_of(store, SPEED, TRAFFIC)
     write(engine, SPEED, {"user": ["u"], "mph": [1.0], "name": ["x"]}, [NOW_US])
+    store.reads.clear()
     users = ["u", "v"] * 20
     matrix = ask(engine, {"user": users, "origin": ["a"] * 40, "dest": ["b"] * 40})
     assert [len(keys) for keys in store.reads] == [3]

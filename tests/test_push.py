@@ -96,10 +96,10 @@ class World:
         pq.write_table(pa.table(table), self.folder / "history.parquet")
         return load_windows(self.store, self.plans.windows(USERS), self.folder, int(day * DAY_US))
 
-    def get(self, day: float, *, as_of: bool = False) -> dict[str, list[int]]:
-        """Return what the windows of user 1 and of shop 1 hold."""
+    def get(self, day: float, user: int = 1, *, as_of: bool = False) -> dict[str, list[int]]:
+        """Return what the windows of a user and of shop 1 hold."""
         plan = self.plans.service("all")
-        keys = EntityKeys.of({name: [1] for name in plan.schema.keys}, plan.schema.keys)
+        keys = EntityKeys.of({name: [user if name == "user_id" else 1] for name in plan.schema.keys}, plan.schema.keys)
         return self.engine.read(plan, keys, int(day * DAY_US), as_of=as_of).to_dict()
 
     def ids(self) -> tuple[int, int]:
@@ -189,6 +189,22 @@ def test_the_answer_of_a_load_does_not_depend_on_its_batches(world: World, monke
         monkeypatch.setattr(backfill, "visible_batches", partial(visible_batches, batch_rows=rows))
         found.append((world.load(23, *history), world.get(23)))
     assert found == [(Loaded(7, 4), {"users.n": [4]})] * 4
+
+
+@pytest.mark.parametrize(("copy", "pushed"), [((1, "x", 20), False), ((1, "x", 20), True), ((3, "x", 20), False)])
+def test_a_copy_that_does_not_count_moves_no_answer(world: World, copy: Row, pushed: bool) -> None:
+    """A file's later copy of an event lets go of others by its time: of an instant before that no read is answered."""
+    user = copy[0] or 0
+    history: list[Row] = [(user, "y", 12.9), (1, "x", 15)]
+    if pushed:
+        world.push(history.pop())
+    world.load(21, *history, copy)
+    for day in (15.5, 19.9):
+        with pytest.raises(InvalidRequest, match=r"holds partials of events up to 1970-01-21 00:00"):
+            world.get(day, user, as_of=True)
+    assert world.get(20, user, as_of=True) == {"users.n": [user == 1]}
+    assert world.push((user, "z", 21)).counted == 1
+    assert world.get(21, user) == {"users.n": [1 + (user == 1)]}
 
 
 def test_a_push_counts_in_every_view_or_in_none(tmp_path: Path) -> None:
