@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import featserve
 from featserve._proto import serving_pb2 as pb
 from featserve._proto.serving_pb2_grpc import FeatureServingServiceStub
 from featserve.config import load_config
-from featserve.errors import Overloaded, ServingError, StoreLocked
+from featserve.errors import ServingError, StoreLocked
 from featserve.server.app import run
 from featserve.server.workers import MOST_DEATHS, Part, Spares, cores, share
 from featserve.store import is_held
@@ -93,17 +93,11 @@ class Load(threading.Thread):
                     assert found == [float(self.calls)]
                     self.calls += 1
                     if self._pushes:
-                        token = self.push(client, at)
+                        token = client.push("visits", {"user_id": [self._user]}, event_time=at).token
                         visits = client.get("users", {"user_id": [self._user]}, at_least=token)
                         assert visits.column("seen.n").to_list() == [self.calls]
                 except Exception as error:  # noqa: BLE001 - shown by who stops it
                     self.failed.append(error)
-
-    def push(self, client: featserve.Client, at: list[int]) -> str:
-        """Push an event, again where a worker that stops has not begun with it; return the token."""
-        while True:
-            with suppress(Overloaded):  # as which the client tells grpcio's CANCELLED
-                return client.push("visits", {"user_id": [self._user]}, event_time=at).token
 
 
 @contextmanager
