@@ -308,6 +308,8 @@ def test_a_restart_under_load_is_survived(start: Callable[..., Server]) -> None:
         asking = [pool.submit(ask) for _ in range(4)]
         try:
             until("all ask", lambda: len(answered) > 100)
+            first.signal(signal.SIGSTOP)
+            stop.wait(0.1)  # requests are left unread, so its end resets the connection
             first.kill()
             with Server(first.project) as second:
                 relay.target = second.port
