@@ -40,8 +40,9 @@ ends itself, as CANCELLED."""
 QUIET_S, MAX_SETTLING_S = 0.1, 1.0
 """A server that was told to stop takes on what arrives until nothing has for so long, or for so long at most."""
 
-AWAY = ("grpc-retry-pushback-ms", "500")
-"""Tells gRPC in the client when to make a refused call again: once its connection is closed, and no sooner."""
+AWAY = ("grpc-retry-pushback-ms", "800")
+"""Tells gRPC in the client when to make a refused call again: once its connection is closed, and no sooner. Four times
+this is as long as other calls are repeated."""
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 

@@ -273,7 +273,10 @@ def test_a_rolling_restart_fails_no_call(start_pair: Callable[..., Server]) -> N
 
 @pytest.mark.slow
 def test_a_worker_that_cannot_start_takes_down_no_other(start_pair: Callable[..., Server]) -> None:
-    """A process that cannot be started is tried ever later, as long as a worker serves, and is back once it can be."""
+    """A process that cannot be started is tried ever later, as long as a worker serves, and is back once it can be.
+
+    A restart of all begins with those that serve, and is given up as they cannot be started either.
+    """
     server = start_pair()
     registry = server.project.folder / ".featserve" / "registry.db"
     sound, killed = registry.read_bytes(), processes(server)[1]
@@ -282,6 +285,8 @@ def test_a_worker_that_cannot_start_takes_down_no_other(start_pair: Callable[...
     psutil.Process(killed).kill()
     until("it was tried often", lambda: server.events()[-1].get("times", 0) > MOST_DEATHS)
     assert time.monotonic() - began > 0.2 + 0.4 + 0.8 + 1.6 + 3.2
+    server.signal(signal.SIGUSR2)
+    until("it is given up", lambda: any("restart is given up" in event["message"] for event in server.events()))
     with server.stub() as stub:
         assert stub.GetFeatures(wide(1)).status == NOT_FOUND
     registry.write_bytes(sound)
