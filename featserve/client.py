@@ -42,34 +42,32 @@ from featserve.wire import (
 
 Answer = TypeVar("Answer")
 
+
+def _repeated(on: list[str], *methods: str, **more: object) -> dict[str, object]:
+    """Return gRPC's settings of these methods, or of all that are not named: on which codes they are repeated."""
+    service = {"service": "featserve.v1.FeatureServingService"}
+    backoff = {"initialBackoff": "0.1s", "maxBackoff": "2s", "backoffMultiplier": 3}
+    return {
+        "name": [service | {"method": method} for method in methods] or [service],
+        "retryPolicy": {"maxAttempts": 5, **backoff, "retryableStatusCodes": on},
+        **more,
+    }
+
+
 RETRIES = json.dumps(
     {
         "methodConfig": [
-            {
-                "name": [{"service": "featserve.v1.FeatureServingService"}],
-                "retryPolicy": {
-                    "maxAttempts": 5,
-                    "initialBackoff": "0.1s",
-                    "maxBackoff": "2s",
-                    "backoffMultiplier": 3,
-                    "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
-                },
-            },
-            {
-                "name": [
-                    {"service": "featserve.v1.FeatureServingService", "method": method}
-                    for method in ("PushEvents", "StreamEvents")
-                ]
-            },
+            _repeated(["UNAVAILABLE", "CANCELLED"]),
+            _repeated(["CANCELLED"], "PushEvents", waitForReady=True),
+            _repeated(["CANCELLED"], "StreamEvents"),
         ]
     }
 )
 """gRPC's own service config: a method is safe to repeat, as a row written twice is the same row, but for pushes.
 
-An event without an id that is pushed twice counts twice.
-
-CANCELLED, from a server, is how grpcio refuses a call that it has not begun. Four retries span three seconds, in which
-a server restarts.
+An event without an id that is pushed twice counts twice. So a push is repeated only where the server has not begun with
+it, which is what CANCELLED says, whether grpcio itself or ours sends it. UNAVAILABLE does not say so, even where there
+was no connection, and so a push waits for one. Four retries span three seconds, in which a server restarts.
 """
 
 OPTIONS = (

@@ -13,6 +13,7 @@
         ├── Overloaded          refused at once, before any work was done; try again with backoff
         ├── DeadlineExceeded    the caller stopped waiting, so the work was not done
         ├── Unavailable         the server is starting, draining or gone
+        │   └── NotBegun            it stops, and has not begun with the call: made again, even a push counts once
         ├── RegistryError       the registry's database cannot be opened, read or written, or was tampered with
         │   └── RegistryMissing     nothing was applied yet
         ├── TransformError      an on-demand transform raised, or broke its declaration
@@ -106,6 +107,10 @@ class DeadlineExceeded(ServingError):
 
 class Unavailable(ServingError):
     reason = "UNAVAILABLE"
+
+
+class NotBegun(Unavailable):
+    reason = "NOT_BEGUN"
 
 
 class RegistryError(ServingError):

@@ -43,7 +43,7 @@ class Relay:
                 near = listener.accept()[0]
                 try:
                     far = socket.create_connection(("127.0.0.1", self.target))
-                except ConnectionRefusedError:
+                except OSError:
                     near.close()
                     continue
                 self._sockets += [near, far]
@@ -51,11 +51,15 @@ class Relay:
                     threading.Thread(target=self._forward, args=(source, sink, back), daemon=True).start()
 
     def _forward(self, source: socket.socket, sink: socket.socket, back: bool) -> None:
-        with suppress(OSError):  # it was cut
+        try:
             while data := source.recv(1 << 16):
                 self.received += back * len(data)
                 sink.sendall(data)
             sink.shutdown(socket.SHUT_WR)
+        except OSError:  # one was cut, or reset by its end: the other must not wait for it
+            for each in (source, sink):
+                with suppress(OSError):
+                    each.shutdown(socket.SHUT_RDWR)
 
     def __enter__(self) -> Self:
         return self

@@ -7,9 +7,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import grpc
 import numpy as np
 import pandas as pd
 import polars as pl
@@ -18,6 +20,8 @@ import pyarrow as pa
 import pytest
 
 import featserve
+from featserve import EventSource, Field, Int64
+from featserve._proto import serving_pb2 as pb
 from featserve.errors import (
     DeadlineExceeded,
     FeatserveError,
@@ -28,6 +32,7 @@ from featserve.errors import (
     Unavailable,
     UnknownName,
 )
+from featserve.wire import encode_events
 from tests.relay import Relay
 from tests.server.messages import wide
 from tests.server.streams import Stream
@@ -227,6 +232,59 @@ def test_a_server_that_comes_late_is_waited_for(server: Server) -> None:
             relay.cut()
 
 
+class Refusing(grpc.GenericRpcHandler):
+    """A server that ends its first pushes with these codes. ``pushes``: how many have come."""
+
+    def __init__(self, *codes: grpc.StatusCode) -> None:
+        self._codes, self.pushes = list(codes), 0
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes]:
+        return grpc.unary_unary_rpc_method_handler(
+            {"PushEvents": self._push, "DescribeEvents": self._describe}[details.method.rpartition("/")[2]]
+        )
+
+    def _describe(self, request: bytes, context: grpc.ServicerContext) -> bytes:
+        return encode_events(EventSource("visits", [Field("user_id", Int64)])).SerializeToString()
+
+    def _push(self, request: bytes, context: grpc.ServicerContext) -> bytes:
+        self.pushes += 1
+        if self._codes:
+            context.abort(self._codes.pop(0), "as told")
+        return pb.PushEventsResponse(events=1, counted=1).SerializeToString()
+
+    @contextmanager
+    def serving(self) -> Iterator[int]:
+        """Serve; give the port."""
+        server = grpc.server(ThreadPoolExecutor(2), [self])
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        yield port
+        server.stop(None).wait()
+
+
+def test_a_push_is_repeated_only_where_it_was_not_begun() -> None:
+    """What a server has not begun with is sent again, nothing else; and without a connection a push is not sent."""
+    refusing = Refusing(grpc.StatusCode.CANCELLED, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)
+    with refusing.serving() as port, Relay(port) as relay, featserve.connect(relay.address, timeout=60) as client:
+        relay.open()
+
+        def push() -> int:
+            return client.push("visits", {"user_id": [1]}, event_time=NOW).counted
+
+        with pytest.raises(Unavailable):
+            push()
+        assert refusing.pushes == 3
+        assert push() == 1
+        relay.cut()
+        with pytest.raises((Unavailable, DeadlineExceeded)):
+            client.list_services(timeout=0.2)  # the client knows now
+        timer = threading.Timer(0.5, relay.open)
+        timer.start()
+        assert push() == 1
+        timer.join()
+        assert refusing.pushes == 5
+
+
 @pytest.mark.slow
 def test_a_restart_under_load_is_survived(start: Callable[..., Server]) -> None:
     """While a server is killed and started again, clients see answers or Unavailable, and then answers again."""
@@ -248,14 +306,19 @@ def test_a_restart_under_load_is_survived(start: Callable[..., Server]) -> None:
             return failed
 
         asking = [pool.submit(ask) for _ in range(4)]
-        until("all ask", lambda: len(answered) > 100)
-        first.kill()
-        with Server(first.project) as second:
-            relay.target = second.port
-            restarted = time.monotonic()
-            until("answers come again", lambda: sum(at > restarted for at in answered[-100:]) > 50)
-            stop.set()
-            assert set().union(*(work.result() for work in asking)) <= {Unavailable}
+        try:
+            until("all ask", lambda: len(answered) > 100)
+            first.signal(signal.SIGSTOP)
+            stop.wait(0.1)  # requests are left unread, so its end resets the connection
+            first.kill()
+            with Server(first.project) as second:
+                relay.target = second.port
+                restarted = time.monotonic()
+                until("answers come again", lambda: sum(at > restarted for at in answered[-100:]) > 50)
+                stop.set()
+                assert set().union(*(work.result() for work in asking)) <= {Unavailable}
+        finally:
+            stop.set()  # the pool waits for those who ask
 
 
 def test_the_schema_is_fetched_once_for_each_version(following: Server) -> None:

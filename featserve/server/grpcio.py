@@ -20,7 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from featserve.config import ServerConfig
-from featserve.errors import DeadlineExceeded, Overloaded, ServingError, invalid
+from featserve.errors import DeadlineExceeded, NotBegun, Overloaded, ServingError, invalid
 from featserve.server.forward import FORWARDED, TAKEN_KEY, Forward
 from featserve.server.meter import Load
 from featserve.server.service import READS, SERVICE_NAME, WRITE_STREAMS, WRITES, Call, Service, WriteStream
@@ -39,6 +39,10 @@ BACKLOG = 65_536
 ends itself, as CANCELLED."""
 QUIET_S, MAX_SETTLING_S = 0.1, 1.0
 """A server that was told to stop takes on what arrives until nothing has for so long, or for so long at most."""
+
+AWAY = ("grpc-retry-pushback-ms", "800")
+"""Tells gRPC in the client when to make a refused call again: once its connection is closed, and no sooner. Four times
+this is as long as other calls are repeated."""
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -70,6 +74,10 @@ class GrpcioServer:
         self.load, self._beside, self._for_workers = telemetry.load(), beside or Load(), for_workers
         self._writer = ThreadPoolExecutor(1, "featserve-writer")
         self._health = Health(("", SERVICE_NAME))
+        self.under_way: set[asyncio.Task[Any]] = set()
+        """The calls that were taken on and have not ended."""
+        self.refusing = False
+        """Whether calls that come now are refused."""
 
     async def start(self, host: str, port: int, *, reuse_port: bool = False) -> int:
         """Listen, with TLS where the settings say so; return the port.
@@ -118,13 +126,21 @@ class GrpcioServer:
 
     async def drain(self, seconds: float) -> None:
         """Say NOT_SERVING, take no new calls, let those in flight finish for up to ``seconds``, then end them."""
-        self._health.stopping.set()
+        self.say_stopping()
         # Stopping would end, as CANCELLED, what has arrived and waits in gRPC's backlog: that is taken on first.
         loop = asyncio.get_running_loop()
         began, before = loop.time(), -1
         while before != self._taken and loop.time() < began + min(seconds, MAX_SETTLING_S):
             before = self._taken
             await asyncio.sleep(QUIET_S)
+        await self.stop(seconds)
+
+    def say_stopping(self) -> None:
+        """Say NOT_SERVING to who asks for the health."""
+        self._health.stopping.set()
+
+    async def stop(self, seconds: float) -> None:
+        """End: let calls in flight finish for up to ``seconds``."""
         await self._server.stop(seconds)
         self._writer.shutdown()
 
@@ -154,11 +170,16 @@ class GrpcioServer:
         """Return the handler of a method: ``handle``, unless too many calls are under way; errors as statuses."""
 
         async def counted(requests: object, context: Context) -> Answer:
+            if self.refusing:
+                await abort(context, stopping(), AWAY)
             if self.load.active + self._beside.active >= self._most_calls:
                 self.load.shed += 1
                 await abort(context, overloaded(self._most_calls))
             self.load.active += 1
             self._taken += 1
+            task = asyncio.current_task()
+            assert task is not None
+            self.under_way.add(task)
             try:
                 if self._for_workers:
                     await context.send_initial_metadata(((TAKEN_KEY, "1"),))
@@ -169,6 +190,7 @@ class GrpcioServer:
                 await abort(context, error)
             finally:
                 self.load.active -= 1
+                self.under_way.discard(task)
 
         return counted
 
@@ -310,11 +332,11 @@ async def _once_caught_up(behind: Behind, method: Callable[[bytes, Call], bytes]
     return method(data, call)
 
 
-async def abort(context: Context, error: Exception) -> NoReturn:
-    """End a call with an error's status; log what is our fault."""
+async def abort(context: Context, error: Exception, *more: tuple[str, str]) -> NoReturn:
+    """End a call with an error's status, and ``more`` metadata; log what is our fault."""
     status = failed(error)
     try:
-        await context.abort(_CODES[status.code], status.message, ((DETAILS_KEY, status.SerializeToString()),))
+        await context.abort(_CODES[status.code], status.message, ((DETAILS_KEY, status.SerializeToString()), *more))
     except grpc.aio.InternalError:  # as above
         raise asyncio.CancelledError from None
 
@@ -322,6 +344,11 @@ async def abort(context: Context, error: Exception) -> NoReturn:
 def overloaded(most_calls: int) -> Overloaded:
     """Return what a call over the limit is refused with."""
     return Overloaded(f"{most_calls:,} calls are under way, the most here ([server] max_concurrent); try again later")
+
+
+def stopping() -> NotBegun:
+    """Return what a call is refused with that comes when its connection is about to be closed."""
+    return NotBegun("the server is shutting down, and has not begun with this call; make it again")
 
 
 def cannot_listen(address: str, why: Exception, *, secured: bool = False) -> ServingError:

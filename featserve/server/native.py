@@ -29,9 +29,9 @@ from pygrpc_native import EVENT_CANCEL, NativeGrpcFront
 
 from featserve._proto.errors_pb2 import ErrorStatus
 from featserve.config import ServerConfig
-from featserve.errors import DeadlineExceeded, ServingError, Unavailable
+from featserve.errors import DeadlineExceeded, ServingError
 from featserve.server.forward import Forward
-from featserve.server.grpcio import QUIET_S, GrpcioServer, cannot_listen, overloaded
+from featserve.server.grpcio import QUIET_S, GrpcioServer, cannot_listen, overloaded, stopping
 from featserve.server.service import READS, SERVICE_NAME, WRITES, Call, Service
 from featserve.server.status import DETAILS_KEY, encode_error, failed
 from featserve.server.telemetry import Telemetry
@@ -90,7 +90,7 @@ class NativeServer:
         self._methods = METHODS if forward is None else METHODS[: len(READS)]
         self._default_deadline_s, self._most_bytes = config.default_deadline_ms / 1_000, config.max_message_mb << 20
         self._overloaded = _encoded(encode_error(overloaded(self._most_calls)))
-        self._draining = False
+        self._stopping = _encoded(encode_error(stopping()))
         self._failure: Exception | None = None
         self._reads: dict[int, Waiting] = {}
         self._late: dict[int, Turn] = {}
@@ -123,25 +123,29 @@ class NativeServer:
         return self._front.bound_port
 
     async def drain(self, seconds: float) -> None:
-        """Say NOT_SERVING, take no new calls, let those in flight finish for up to ``seconds``, then end them.
+        """Say NOT_SERVING, let calls in flight finish for up to ``seconds``, then end those that are left.
 
-        Raises ServingError where it ends as its thread has failed.
+        A client cannot be told here to leave its connection, and would meet every refusal again on the same one. So
+        what comes meanwhile is answered, and then refused for a moment: closing finds no call that anybody has begun.
+        Raises ServingError where it ends as a thread of it has failed.
         """
         loop = asyncio.get_running_loop()
         ends_s = loop.time() + seconds
-        behind = asyncio.create_task(self._behind.drain(seconds))
+        self._behind.say_stopping()
+        written = asyncio.wrap_future(self._writer.submit(int))  # in its turn, behind those that wait
+        await asyncio.wait((written, *self._behind.under_way), timeout=seconds)
+        self._behind.refusing = True
         await asyncio.sleep(min(seconds, QUIET_S))  # what has arrived is taken on
-        self._draining = True
-        await behind
-        while self._active() and self._failure is None and loop.time() < ends_s:
+        while (self._active() or self._behind.under_way) and self._failure is None and loop.time() < ends_s:
             await asyncio.sleep(QUIET_S / 10)
         await asyncio.sleep(min(seconds, QUIET_S))  # closing would cut off answers that are on their way
         await asyncio.to_thread(self._front.close)
+        await self._behind.stop(0)
         await asyncio.to_thread(self._thread.join)
         await asyncio.to_thread(self._writer.shutdown, cancel_futures=True)
         self._folder.cleanup()
         if self._failure is not None:
-            raise ServingError(f"the thread that answers has failed: {self._failure}") from self._failure
+            raise ServingError(f"a thread that answers has failed: {self._failure}") from self._failure
 
     def _serve(self) -> None:
         """Take calls and answer them until the front is closed; where that fails, end the server."""
@@ -153,11 +157,15 @@ class NativeServer:
                     self._answer(turn, answers.get(turn.call_id))
                     del self._reads[turn.call_id]
                 self._count()
-        except Exception as error:  # the top of a background loop
-            log.critical("the thread that answers has failed, the server ends: %s", error, exc_info=error)
-            self._failure = error
-            self._front.close()  # those who wait are told, and nobody else is taken on
-            os.kill(os.getpid(), signal.SIGTERM)
+        except Exception as error:  # noqa: BLE001 - the top of a background loop
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """End the server: nobody would get an answer any more."""
+        log.critical("a thread that answers has failed, the server ends: %s", error, exc_info=error)
+        self._failure = error
+        self._front.close()  # those who wait are told, and nobody else is taken on
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def _take(self) -> bool:
         """Put the calls that have arrived in their queues, waiting where there is nothing to do; False at the end."""
@@ -195,8 +203,8 @@ class NativeServer:
 
     def _refusal(self, data: bytes) -> Status | None:
         """Return what a call is refused with before it waits."""
-        if self._draining:
-            return _encoded(encode_error(Unavailable("the server is shutting down; ask another, or try again")))
+        if self._behind.refusing:
+            return self._stopping
         if self._active() + self._behind.load.active >= self._most_calls:
             self._load.shed += 1
             return self._overloaded
@@ -209,10 +217,13 @@ class NativeServer:
         return RESOURCE_EXHAUSTED, f"{verb} message larger than max ({len(data)} vs. {self._most_bytes})", []
 
     def _write(self, call_id: int) -> None:
-        """Run a write whose turn it is, unless it was cancelled or has expired."""
+        """Run a write whose turn it is, unless it was cancelled or has expired; where that fails, end the server."""
         self._writing = 1
-        if (waiting := self._writes.pop(call_id, None)) is not None:
-            self._answer(Turn(self._telemetry, call_id, waiting))
+        try:
+            if (waiting := self._writes.pop(call_id, None)) is not None:
+                self._answer(Turn(self._telemetry, call_id, waiting))
+        except Exception as error:  # noqa: BLE001 - the top of a background loop
+            self._fail(error)
         self._writing = 0
         self._count()
 

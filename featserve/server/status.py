@@ -35,6 +35,7 @@ CODES: dict[type[errors.FeatserveError], int] = {
     errors.Overloaded: 8,  # RESOURCE_EXHAUSTED
     errors.DeadlineExceeded: 4,  # DEADLINE_EXCEEDED
     errors.Unavailable: 14,  # UNAVAILABLE
+    errors.NotBegun: 1,  # CANCELLED, as gRPC itself says of a call that it has not begun when it stops
     errors.StoreError: 13,
     errors.StoreLocked: 9,
     errors.StoreFull: 8,

@@ -28,7 +28,7 @@ class Transport(Protocol):
         """Listen; return the port. Raises ServingError where the address cannot be had."""
 
     async def drain(self, seconds: float) -> None:
-        """Say NOT_SERVING, take no new calls, let those in flight finish for up to ``seconds``, then end them."""
+        """Say NOT_SERVING, let calls in flight finish for up to ``seconds``, then end those that are left."""
 
 
 def transport(config: ServerConfig) -> Callable[[Service, ServerConfig, Telemetry, Forward | None], Transport]:

@@ -147,7 +147,8 @@ class Parent:
         log.info("restarting", extra={"processes": len(self._slots)})
         self._spares.renew()
         try:
-            for slot in (*workers, writer):
+            # One that cannot be started at the moment is waited for at the end, and not by the others.
+            for slot in sorted((*workers, writer), key=lambda slot: not slot.serves):
                 await slot.replace()
         except FeatserveError as error:
             log.error("the restart is given up, what has not been replaced goes on: %s", error)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import signal
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from itertools import count, islice
 from typing import Any
 
 import grpc
@@ -30,8 +30,11 @@ def stored(server: Server, users: list[int]) -> list[bool]:
         return [status == featserve.Status.PRESENT for status in found]
 
 
-def test_sigterm_drains(start: Callable[..., Server]) -> None:
-    """What is under way finishes, what is new is refused, who watches is told, and the next server can start."""
+def test_sigterm_drains(transport: str, start: Callable[..., Server]) -> None:
+    """What is under way finishes, who watches is told, and the next server can start. What is new grpcio refuses.
+
+    pygrpc-native, which cannot tell a client to go, answers it as long as what is under way lasts.
+    """
     server = start(drain_seconds=60, max_rows=100_000, max_message_mb=256)
     with ExitStack() as stack:
         stub = stack.enter_context(server.stub())
@@ -50,7 +53,7 @@ def test_sigterm_drains(start: Callable[..., Server]) -> None:
             # CANCELLED is how grpcio refuses a call that comes at the very moment.
             ok, racing, refused = grpc.StatusCode.OK, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE
             codes = iter(lambda: other.GetFeatures.future(wide(1)).code(), refused)
-            assert set(codes) <= {ok, racing}
+            assert set(codes if transport == "grpcio" else islice(codes, 10)) <= {ok, racing}
         assert [call.result().rows for call in writes] == [40_000, 40_000, 40_000, 1]
         assert stream.ask(7).response.status == b"\x01"
         assert server.process.poll() is None
@@ -72,7 +75,7 @@ def test_nothing_acknowledged_is_lost_when_stopped_under_load(start: Callable[..
 
     def write(first: int) -> grpc.StatusCode:
         with server.stub() as stub:
-            for user in itertools.count(first):
+            for user in count(first):
                 code = stub.WriteRows.future(numbers([user], 1.0), timeout=60).code()
                 if code is not grpc.StatusCode.OK:
                     return code

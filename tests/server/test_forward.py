@@ -1,15 +1,21 @@
-"""What a worker passes on to the writer, here in one process: while the writer is replaced, late, or overloaded."""
+"""What a worker passes on to the writer, here in one process: while either is replaced, or the writer overloaded."""
 
 from __future__ import annotations
 
 import asyncio
+import queue
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Self
 
 import pytest
 
+import featserve
 from featserve._proto import serving_pb2 as pb
 from featserve.batch import EntityKeys
 from featserve.config import Config, load_config
@@ -21,11 +27,12 @@ from featserve.server.forward import Forward
 from featserve.server.grpcio import GrpcioServer
 from featserve.server.service import Limits, Service
 from featserve.server.telemetry import Telemetry
+from featserve.server.transport import Transport, transport
 from featserve.store import open_store
 from featserve.store.follow import Follower
 from featserve.store.rocksdb import RocksStore
 from tests.server.messages import now_us, packed
-from tests.serving import Project
+from tests.serving import PATIENCE_S, TRANSPORTS, Project
 
 VISITS = """
 from datetime import timedelta
@@ -54,6 +61,12 @@ class Both:
         server = GrpcioServer(self.service, config, Telemetry(), for_workers=True)
         await server.listen(f"unix:{self.socket}")
         return server
+
+    async def worker(self, name: str, port: int = 0) -> tuple[Transport, int, Forward]:
+        """Start a worker on a transport; return it, its port, and its way to the writer."""
+        config, forward = replace(self.config.server, transport=name), self.forward()
+        server = transport(config)(self.service, config, Telemetry(), forward)
+        return server, await server.start("127.0.0.1", port, reuse_port=True), forward
 
     def total(self) -> int:
         """Return how many events the store has counted."""
@@ -130,6 +143,96 @@ def test_pushes_wait_while_the_writer_is_replaced(both: Both) -> None:
 
     counted, stored = asyncio.run(scenario())
     assert counted == stored >= 60
+
+
+class Load:
+    """Clients of a port that push and read until told to stop. ``counted``: how many events of each the server did."""
+
+    def __init__(self, port: int, clients: int) -> None:
+        self._port, self._stop, self.counted = port, threading.Event(), [0] * clients
+        self._pool = ThreadPoolExecutor(clients)
+        self._going = [self._pool.submit(self._run, client) for client in range(clients)]
+
+    def _run(self, number: int) -> None:
+        with featserve.connect(f"127.0.0.1:{self._port}", timeout=PATIENCE_S, connections=2) as client:
+            while not self._stop.wait(0.005):
+                self.counted[number] += client.push("visits", {"user_id": [1]}, event_time=datetime.now(UTC)).counted
+                assert len(client.get("users", {"user_id": [1]})) == 1
+
+    async def goes_on(self) -> None:
+        """Wait until each client has pushed some more; raises what one has failed with."""
+        before = list(self.counted)
+        while any(now < then + 5 for now, then in zip(self.counted, before, strict=True)):
+            await asyncio.sleep(0.01)
+            for each in self._going:
+                if each.done():
+                    each.result()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._stop.set()
+        await asyncio.to_thread(self._pool.shutdown)
+        for each in self._going:
+            each.result()
+
+
+@pytest.mark.parametrize("name", TRANSPORTS)
+def test_no_call_fails_while_workers_are_replaced(both: Both, name: str) -> None:
+    """Pushes and reads of clients succeed while a worker follows another on its port, and each push counts once."""
+
+    async def scenario() -> int:
+        writer = await both.writer()
+        server, port, forward = await both.worker(name)
+        async with Load(port, 4) as load:
+            for _ in range(4):
+                await load.goes_on()
+                following, _, its_forward = await both.worker(name, port)
+                await server.drain(5)
+                await forward.close()
+                server, forward = following, its_forward
+            await load.goes_on()
+        await server.drain(0)
+        await forward.close()
+        await writer.drain(0)
+        return sum(load.counted)
+
+    counted = asyncio.run(scenario())
+    assert both.total() == counted
+
+
+@pytest.mark.parametrize("name", TRANSPORTS)
+def test_a_stream_holds_up_nobody_else(both: Both, name: str) -> None:
+    """While a worker waits for the end of a stream, longer than clients try again, calls of others succeed."""
+
+    async def scenario() -> int:
+        writer = await both.writer()
+        server, port, forward = await both.worker(name)
+        messages: queue.SimpleQueue[pb.PushEventsRequest | None] = queue.SimpleQueue()
+        with featserve.connect(f"127.0.0.1:{port}") as client:
+            async with Load(port, 2) as load:
+                streaming = asyncio.create_task(asyncio.to_thread(client.push_messages, iter(messages.get, None)))
+                messages.put(pb.PushEventsRequest.FromString(visit(1)))
+                await load.goes_on()
+                following, _, its_forward = await both.worker(name, port)
+                draining = asyncio.create_task(server.drain(PATIENCE_S))
+                await asyncio.wait((draining,), timeout=5)
+                await load.goes_on()
+                messages.put(pb.PushEventsRequest.FromString(visit(1)))
+                messages.put(None)
+                streamed = (await streaming).counted
+                await draining
+                await load.goes_on()
+        await following.drain(0)
+        for each in (forward, its_forward):
+            await each.close()
+        await writer.drain(0)
+        assert streamed == 2
+        return sum(load.counted) + streamed
+
+    counted = asyncio.run(scenario())
+    assert both.total() == counted
 
 
 def test_a_write_without_a_writer_is_given_up_in_time(both: Both) -> None:

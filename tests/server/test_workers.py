@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import featserve
 from featserve._proto import serving_pb2 as pb
 from featserve._proto.serving_pb2_grpc import FeatureServingServiceStub
 from featserve.config import load_config
-from featserve.errors import Overloaded, ServingError, StoreLocked
+from featserve.errors import ServingError, StoreLocked
 from featserve.server.app import run
 from featserve.server.workers import MOST_DEATHS, Part, Spares, cores, share
 from featserve.store import is_held
@@ -93,17 +93,11 @@ class Load(threading.Thread):
                     assert found == [float(self.calls)]
                     self.calls += 1
                     if self._pushes:
-                        token = self.push(client, at)
+                        token = client.push("visits", {"user_id": [self._user]}, event_time=at).token
                         visits = client.get("users", {"user_id": [self._user]}, at_least=token)
                         assert visits.column("seen.n").to_list() == [self.calls]
                 except Exception as error:  # noqa: BLE001 - shown by who stops it
                     self.failed.append(error)
-
-    def push(self, client: featserve.Client, at: list[int]) -> str:
-        """Push an event, again where a worker that stops has not begun with it; return the token."""
-        while True:
-            with suppress(Overloaded):  # as which the client tells grpcio's CANCELLED
-                return client.push("visits", {"user_id": [self._user]}, event_time=at).token
 
 
 @contextmanager
@@ -279,7 +273,10 @@ def test_a_rolling_restart_fails_no_call(start_pair: Callable[..., Server]) -> N
 
 @pytest.mark.slow
 def test_a_worker_that_cannot_start_takes_down_no_other(start_pair: Callable[..., Server]) -> None:
-    """A process that cannot be started is tried ever later, as long as a worker serves, and is back once it can be."""
+    """A process that cannot be started is tried ever later, as long as a worker serves, and is back once it can be.
+
+    A restart of all begins with those that serve, and is given up as they cannot be started either.
+    """
     server = start_pair()
     registry = server.project.folder / ".featserve" / "registry.db"
     sound, killed = registry.read_bytes(), processes(server)[1]
@@ -288,6 +285,8 @@ def test_a_worker_that_cannot_start_takes_down_no_other(start_pair: Callable[...
     psutil.Process(killed).kill()
     until("it was tried often", lambda: server.events()[-1].get("times", 0) > MOST_DEATHS)
     assert time.monotonic() - began > 0.2 + 0.4 + 0.8 + 1.6 + 3.2
+    server.signal(signal.SIGUSR2)
+    until("it is given up", lambda: any("restart is given up" in event["message"] for event in server.events()))
     with server.stub() as stub:
         assert stub.GetFeatures(wide(1)).status == NOT_FOUND
     registry.write_bytes(sound)
