@@ -119,6 +119,7 @@ def test_a_python_without_a_baseline_is_not_counted(
 ) -> None:
     """Counts are those of one Python: on another there is nothing to compare with, which is said and is no failure."""
     (tmp_path / "counts.json").write_text('{"CPython 2.7 vax": {}}')
+    monkeypatch.setattr(counts, "ROOT", tmp_path)
     monkeypatch.setattr(counts, "BASELINE", tmp_path / "counts.json")
     monkeypatch.setattr("sys.argv", ["counts"])
     assert counts.main() == 0
