@@ -10,6 +10,9 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+INSTALL := $(PIP) install --require-hashes --no-build-isolation
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--custom-compile-command "make lock"
 # More arguments for the program that a target runs: `make test ARGS="-k codec"`.
 ARGS ?=
 
@@ -64,25 +67,28 @@ counts: .venv/.dev  ## Count the instructions and allocations of a request; fail
 counts-accept: .venv/.dev  ## Make what is counted now what `make counts` compares with
 	@$(BIN)/python -m bench.counts --accept
 
-lock: .venv/.dev  ## Pin the newest versions that pyproject.toml and requirements/ allow
-	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --upgrade --all-extras \
-		--custom-compile-command "make lock" --output-file requirements.lock pyproject.toml requirements/*.in
+lock: .venv/.dev  ## Pin the newest versions that pyproject.toml and requirements/ allow, and the hashes of their files
+	@$(COMPILE) --upgrade --all-extras --output-file requirements.lock pyproject.toml requirements/*.in
+	@$(COMPILE) --constraint requirements.lock --extra train --no-annotate --output-file requirements/run.lock \
+		pyproject.toml requirements/examples.in requirements/build.in
 
 clean:  ## Remove everything that can be made again, .venv included
 	@rm -rf .venv .peers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	@find . -name __pycache__ -prune -exec rm -rf {} +
 
-# What the example runs with: the server, training, and the flights. Pinned by the lock file, whole (.dev) or in part
-# (.run). Packages that come as source are built with the pinned setuptools, so nothing unpinned is fetched.
-.venv/.run: requirements.lock pyproject.toml requirements/examples.in
+# What the example runs with: the server, training, and the flights (run.lock), and what the rest needs beside that
+# (requirements.lock). A file whose hash is not in the lock is refused. Packages that come as source are built with the
+# pinned setuptools, so nothing unpinned is fetched.
+.venv/.run: requirements/run.lock pyproject.toml
 	@[[ -n "$(PYTHON)" ]] || { echo "featserve needs Python 3.11 or newer, and there is none on the path"; exit 1; }
 	@echo "Setting up .venv (about a minute)..."
 	@$(PYTHON) -m venv .venv
-	@$(PIP) install "$$(grep '^setuptools==' requirements.lock)"
-	@$(PIP) install --no-build-isolation -c requirements.lock -r requirements/examples.in --editable '.[train]'
+	@$(INSTALL) -r <(sed -n '/^setuptools==/,/[^\]$$/p' requirements/run.lock)
+	@$(INSTALL) -r requirements/run.lock
+	@$(PIP) install --no-build-isolation --no-deps --editable .
 	@touch $@
 
-.venv/.dev: .venv/.run requirements.lock requirements/dev.in
+.venv/.dev: .venv/.run requirements.lock
 	@echo "Adding what tests and checks need to .venv (one or two minutes, most of it Spark)..."
-	@$(PIP) install --no-build-isolation -r requirements.lock
+	@$(INSTALL) -r requirements.lock
 	@touch $@

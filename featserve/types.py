@@ -301,12 +301,17 @@ def cast_exactly(type: Type, values: Array, refuse: Callable[[int, str], Invalid
 
 def _micros(values: Array, what: str, row: int = 0) -> Array:
     """Return datetime64 of any unit as int64 microseconds; ``row``: the number of the first one."""
-    micros = values.astype("<M8[us]")
-    bad = (micros.astype(values.dtype) != values) & ~np.isnat(values)
+    if np.can_cast(values.dtype, "<M8[us]"):  # of this unit or a longer one; both ends are as far from the epoch
+        last = np.datetime64(2**63 - 1, "us").astype(values.dtype).astype(np.int64)
+        bad, why = np.abs(values.astype("<i8")) > last, "out of range"
+    else:
+        since_epoch = values.view(values.dtype.str.replace("M", "m"))
+        bad, why = since_epoch % np.timedelta64(1, "us") != np.timedelta64(0, "us"), "no whole number of microseconds"
+    bad &= ~np.isnat(values)
     if bad.any():
         at = int(np.argmax(bad))
-        raise wrong(what, row + at, Timestamp, f"{values[at]} (no whole number of microseconds, or out of range)")
-    return micros.astype("<i8")
+        raise wrong(what, row + at, Timestamp, f"{values[at]} ({why})")
+    return values.astype("<M8[us]").astype("<i8")
 
 
 def lost(type: Type, values: Array, cast: Array) -> Mask:

@@ -65,7 +65,7 @@ EXPRESSIONS: dict[int, list[tuple[str, Type]]] = {
         ("np.array([len(v) for v in x], np.int64)", Int64),
     ],
     Timestamp.code: [
-        ("x + np.timedelta64(90, 'm')", Timestamp),
+        ("np.minimum(x, np.datetime64(2**62, 'us')) + np.timedelta64(90, 'm')", Timestamp),
         ("x.astype(np.int64) // 3_600_000_000 % 24", Int64),
         ("(now.astype(np.int64) - x.astype(np.int64)) / 1e6", Float64),
     ],

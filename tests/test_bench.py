@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,6 +112,18 @@ def test_a_dearer_request_is_told(instructions: int, allocations: int, worse: in
     counted = {"one": {"instructions": instructions, "allocations": allocations}}
     assert len(counts.compare(counted, baseline)) == worse
     assert counts.compare(counted, {}) == ["one: no baseline"]
+
+
+def test_a_python_without_a_baseline_is_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Counts are those of one Python: on another there is nothing to compare with, which is said and is no failure."""
+    (tmp_path / "counts.json").write_text('{"CPython 2.7 vax": {}}')
+    monkeypatch.setattr(counts, "ROOT", tmp_path)
+    monkeypatch.setattr(counts, "BASELINE", tmp_path / "counts.json")
+    monkeypatch.setattr("sys.argv", ["counts"])
+    assert counts.main() == 0
+    assert re.match(r"Not counted: no baseline for \w+ 3\.\d+ \w+, only for CPython 2\.7 vax;", capsys.readouterr().out)
 
 
 def test_ratios_and_page_come_from_the_cells(tmp_path: Path) -> None:

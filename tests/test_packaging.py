@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import venv
@@ -17,6 +18,12 @@ SERVER_MODULES = {"rocksdict", "sqlalchemy", "pyarrow", "click", "rich", "duckdb
 LOAD_CLIENT = "import featserve; featserve.connect; featserve.client"
 
 
+def locked(name: str) -> list[str]:
+    """Return the requirements of a lock file, each with its hashes, one a line."""
+    lines = (ROOT / name).read_text().replace("\\\n", "").splitlines()
+    return [line for line in lines if not line.lstrip().startswith("#")]
+
+
 def run(*command: str | Path) -> str:
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -28,6 +35,14 @@ def test_client_loads_no_server_part() -> None:
     loaded = run(sys.executable, "-c", f"import sys; {LOAD_CLIENT}; print(*sys.modules)").split()
     assert not SERVER_MODULES & set(loaded)
     assert {"grpc", "numpy"} <= set(loaded)
+
+
+def test_every_package_is_pinned_by_hash() -> None:
+    """Each line of the locks names one version and its hashes, and what the example runs with is what is tested."""
+    everything, example = locked("requirements.lock"), locked("requirements/run.lock")
+    for line in everything:
+        assert re.fullmatch(r"[\w.-]+==[\w.]+( ;[^\\]+?)?( +--hash=sha256:[0-9a-f]{64})+", line), line[:100]
+    assert set(example) < set(everything)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +74,10 @@ def test_core_install_is_the_client_alone(wheel: Path, tmp_path: Path) -> None:
     """A plain install pulls in three packages; its client loads, its command line says how to get the rest."""
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"
-    run(python, "-m", "pip", "install", "--quiet", "--constraint", ROOT / "requirements.lock", wheel)
+    (tmp_path / "versions.txt").write_text(
+        "\n".join(line.partition(" --hash")[0] for line in locked("requirements.lock"))
+    )
+    run(python, "-m", "pip", "install", "--quiet", "--constraint", tmp_path / "versions.txt", wheel)
     installed = "import importlib.metadata as m; print(*(d.name for d in m.distributions()))"
     names = set(run(python, "-c", installed).split()) - {"pip", "setuptools"}
     assert names == CLIENT_PACKAGES

@@ -198,12 +198,12 @@ REFUSED: dict[str, tuple[str, str]] = {
     ),
     "np.load": (
         declared("return x * np.load('table.npy')[0]"),
-        r"uses files \(io\.open\)",
+        r"uses files \(_?io\.open\)",
     ),
     "np.fromfile": (declared("return x * np.fromfile('table.npy')[-1]"), r"uses files \(numpy\.fromfile\)"),
     "a file when it is loaded": (
         declared("return x * TABLE[0]", "TABLE = np.load('table.npy')"),
-        r"uses files \(io\.open\)",
+        r"uses files \(_?io\.open\)",
     ),
     "the environment": (
         declared("return x * len(os.environ.get('HOME', ''))", "import os"),

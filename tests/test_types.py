@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -107,12 +108,12 @@ ACCEPTED: list[tuple[Type, Any, list[Any]]] = [
     (Bytes, np.array([b"a", b"bc"]), [b"a", b"bc"]),
     (Timestamp, [NOON, dt.datetime(2024, 1, 1, 12), None], [NOON, NOON, None]),
     (Timestamp, [dt.datetime(2024, 1, 1, 14, tzinfo=dt.timezone(dt.timedelta(hours=2))), NOON_US], [NOON, NOON]),
-    (Timestamp, [np.datetime64("2024-01-01T12"), np.datetime64("NaT"), pd.NaT], [NOON, None, None]),
+    (Timestamp, [np.datetime64("2024-01-01T12"), np.datetime64("NaT", "us"), pd.NaT], [NOON, None, None]),
     (Timestamp, [pd.Timestamp("2024-01-01 12:00", tz="UTC"), np.datetime64(NOON_US * 1_000, "ns")], [NOON, NOON]),
     (Timestamp, np.array(["2024-01-01T12", "NaT"], "M8[h]"), [NOON, None]),
     (Timestamp, np.array([NOON_US * 1_000], "M8[ns]"), [NOON]),
     (Timestamp, np.array([NOON_US]), [NOON]),
-    (Timestamp, np.array(["NaT"], "M8"), [None]),
+    (Timestamp, np.array(["NaT"], "M8[Y]"), [None]),
     (Timestamp, [dt.date(2024, 1, 1)], [dt.datetime(2024, 1, 1, tzinfo=UTC)]),
     (Timestamp, np.array([NOON], object), [NOON]),
     (Vector(2), [[1, 2.5], (0.0, -1), np.array([3, 4]), None], [[1.0, 2.5], [0.0, -1.0], [3.0, 4.0], None]),
@@ -172,6 +173,7 @@ REFUSED: list[tuple[Type, Any, str]] = [
     (Timestamp, np.array([1.5]), "an array of dtype float64"),
     (Timestamp, np.array([0, 2**62], "M8[s]"), r"c\[1\]: expected timestamp, got .*out of range"),
     (Timestamp, np.array([2**61], "M8[D]"), "out of range"),
+    (Timestamp, np.array([292_277, -292_278], "M8[Y]"), r"c\[1\]: .*out of range"),
     (Timestamp, np.array([1_000, 1_001], "M8[ns]"), r"c\[1\]: .*no whole number of microseconds"),
     (Timestamp, [None, np.datetime64(1, "ns")], r"c\[1\]: .*no whole number of microseconds"),
     (Timestamp, [pd.Timestamp(1, unit="ns")], r"c\[0\]: .*no whole number of microseconds"),
@@ -208,6 +210,25 @@ def test_values_that_are_refused(type: Type, values: Any, message: str) -> None:
         column(type, values, "c")
     assert caught.value.violations[0].field.startswith("c")
     assert len(str(caught.value)) < 200
+
+
+UNITS = {"W": 604_800 * 10**12, "D": 86_400 * 10**12, "h": 3_600 * 10**12, "m": 60 * 10**12, "s": 10**12, "ms": 10**9}
+UNITS |= {"us": 10**6, "ns": 1_000, "ps": 1}
+"""How many picoseconds a unit has."""
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_time_of_any_unit_is_exact_or_refused(unit: str) -> None:
+    """From the first microsecond to the last, and one beyond: an instant is the one that was given, or an error."""
+    last = min((2**63 - 1) * 10**6 // UNITS[unit], 2**63 - 1)
+    edges = [0, 1, 10**3, 10**6, 10**12, last - 1, last, min(last + 1, 2**63 - 1), 2**63 - 1]
+    for ticks in [*edges, *(-edge for edge in edges)]:
+        micros, rest = divmod(ticks * UNITS[unit], 10**6)
+        fits = rest == 0 and abs(micros) < 2**63
+        array = np.array([ticks], f"M8[{unit}]")
+        for values in array, list(array):
+            with nullcontext() if fits else pytest.raises(InvalidRequest, match=r"out of range|no whole number"):
+                assert column(Timestamp, values).values.tolist() == [micros]
 
 
 @given(st.lists(st.one_of(st.none(), st.integers(-(2**70), 2**70), st.floats(), st.booleans(), st.text(max_size=3))))

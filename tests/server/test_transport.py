@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +18,17 @@ from featserve.errors import DefinitionError
 from featserve.server import transport
 from featserve.server.grpcio import GrpcioServer
 from featserve.server.native import NativeServer
-from tests.serving import Project
+from tests.command_line import command
+from tests.serving import PATIENCE_S, Project, Server
 
 
 @pytest.fixture
-def not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let pygrpc-native be missing."""
-    monkeypatch.setattr(transport, "find_spec", lambda name: None)
+def nowhere_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no process that is started from here on find pygrpc-native."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\n\nsys.modules['pygrpc_native'] = None\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    found = subprocess.run([sys.executable, "-c", "import pygrpc_native"], capture_output=True, text=True)
+    assert "ModuleNotFoundError" in found.stderr
 
 
 def chosen(**server: Any) -> Any:
@@ -44,12 +52,26 @@ def test_tls_is_grpcios(monkeypatch: pytest.MonkeyPatch) -> None:
         chosen(transport="native", **files)
 
 
-@pytest.mark.usefixtures("not_installed")
-def test_everything_works_without_the_package() -> None:
-    """Without it "auto" is grpcio, and "native" an error that says what to do."""
-    assert chosen() is chosen(transport="auto") is GrpcioServer
-    with pytest.raises(DefinitionError, match=r"pip install 'featserve\[native\]', or choose 'grpcio'"):
-        chosen(transport="native")
+@pytest.mark.usefixtures("nowhere_installed")
+@pytest.mark.parametrize(("transport", "workers"), [("grpcio", 1), ("auto", 1), ("auto", 2)])
+def test_everything_works_without_the_package(transport: str, workers: int, tmp_path: Path) -> None:
+    """Where pygrpc-native cannot be imported a server starts, takes rows and answers, in one process or several."""
+    project = Project.make(tmp_path / "project", transport=transport, workers=workers)
+    with Server(project) as server, server.client() as client:
+        rows = {"country": ["nz"], "zip": ["1010"], "temp": [9.5], "wind": [0.25]}
+        written = client.write("weather", rows, event_time=datetime.now(UTC))
+        asked = {"user_id": [1], "country": ["nz"], "zip": ["1010"]}
+        found = client.get("ranking", asked, at_least=written.token).to_dict()
+    assert (found["weather.temp"], found["weather.wind"], found["activity.plan"]) == ([9.5], [0.25], ["free"])
+
+
+@pytest.mark.usefixtures("nowhere_installed")
+def test_a_transport_that_is_missing_is_named(tmp_path: Path) -> None:
+    """Asked for by name, pygrpc-native is not quietly replaced: the error says what to install or to choose."""
+    project = Project.make(tmp_path / "project", transport="native")
+    done = subprocess.run(command("serve", "-C", project.folder), capture_output=True, text=True, timeout=PATIENCE_S)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "'native' needs pygrpc-native: pip install 'featserve[native]', or choose 'grpcio'" in done.stderr
 
 
 def test_the_command_line_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
