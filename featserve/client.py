@@ -60,14 +60,16 @@ RETRIES = json.dumps(
             _repeated(["UNAVAILABLE", "CANCELLED"]),
             _repeated(["CANCELLED"], "PushEvents", waitForReady=True),
             _repeated(["CANCELLED"], "StreamEvents"),
-        ]
+        ],
+        "retryThrottling": {"maxTokens": 1_000, "tokenRatio": 1},
     }
 )
 """gRPC's own service config: a method is safe to repeat, as a row written twice is the same row, but for pushes.
 
 An event without an id that is pushed twice counts twice. So a push is repeated only where the server has not begun with
 it, which is what CANCELLED says, whether grpcio itself or ours sends it. UNAVAILABLE does not say so, even where there
-was no connection, and so a push waits for one. Four retries span three seconds, in which a server restarts.
+was no connection, and so a push waits for one. Four retries span three seconds, in which a server restarts; none are
+made of a server that has refused 500 calls more than it has answered, which would have even more to refuse.
 """
 
 OPTIONS = (

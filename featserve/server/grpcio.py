@@ -34,9 +34,6 @@ Context = grpc.aio.ServicerContext[bytes, bytes]
 
 Answer = TypeVar("Answer")
 
-BACKLOG = 65_536
-"""Calls that gRPC holds until the event loop takes them on, to answer or to refuse with a reason. What is over this it
-ends itself, as CANCELLED."""
 QUIET_S, MAX_SETTLING_S = 0.1, 1.0
 """A server that was told to stop takes on what arrives until nothing has for so long, or for so long at most."""
 
@@ -110,8 +107,9 @@ class GrpcioServer:
                 ("grpc.max_receive_message_length", self._most_bytes),
                 ("grpc.max_send_message_length", self._most_bytes),
                 ("grpc.so_reuseport", int(reuse_port)),
-                ("grpc.server.max_pending_requests", BACKLOG),
-                ("grpc.server.max_pending_requests_hard_limit", BACKLOG),
+                # What the event loop cannot even take on in time to refuse it, gRPC ends itself, as CANCELLED.
+                ("grpc.server.max_pending_requests", self._most_calls),
+                ("grpc.server.max_pending_requests_hard_limit", self._most_calls),
             ],
             # Bounds what ``_counted`` does not: health, reflection, and calls that are being refused.
             maximum_concurrent_rpcs=2 * self._most_calls,

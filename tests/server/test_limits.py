@@ -110,6 +110,13 @@ def test_a_deadline_that_is_over_is_not_begun(small: Server) -> None:
         assert stub.GetFeatures(wide(1), timeout=60).rows == 1
 
 
+REFUSED = {
+    "native": {grpc.StatusCode.RESOURCE_EXHAUSTED},
+    "grpcio": {grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.CANCELLED},
+}
+"""How calls end that come faster than they can be taken on: gRPC itself has but CANCELLED for those."""
+
+
 @pytest.mark.parametrize("ending", ["end", "drop"])
 def test_calls_over_the_limit_are_refused_at_once(small: Server, ending: str) -> None:
     """With ``max_concurrent`` calls under way the next is refused without waiting; when one ends, there is room."""
@@ -137,19 +144,19 @@ def test_queued_writes_count(small: Server, transport: str) -> None:
         before = busy(stub)
         calls = [stub.WriteRows.future(numbers([i], 1.0), timeout=60) for i in range(50)]
         answered = [call.code() for call in (*before, *calls)]
-        assert set(answered) == {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED}
-        assert 40 < answered.count(grpc.StatusCode.RESOURCE_EXHAUSTED) <= 45
+        assert set(answered) <= {grpc.StatusCode.OK, *REFUSED[transport]}
+        assert 40 < len(answered) - answered.count(grpc.StatusCode.OK) <= 45
         if transport == "grpcio":  # which counts a call before its message is there, however large that is
             assert all(call.code() is grpc.StatusCode.OK for call in before)
 
 
-def test_a_burst_is_answered_or_refused(small: Server) -> None:
+def test_a_burst_is_answered_or_refused(small: Server, transport: str) -> None:
     """Of thousands of requests at once each is answered, or refused as too many; then the server is as before."""
     with small.stub() as stub:
         request = ranking(1)
         calls = [stub.GetFeatures.future(request, timeout=60) for _ in range(2_000)]
         codes = {call.code() for call in calls}
-        assert codes <= {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert codes <= {grpc.StatusCode.OK, *REFUSED[transport]}
         assert grpc.StatusCode.OK in codes
         assert [stub.GetFeatures(request).rows for _ in range(100)] == [1] * 100
 
