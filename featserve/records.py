@@ -172,12 +172,11 @@ class RecordCodec:
         counts, width = parsed.counts[:, self._cut_series], self._cut_widths
         at = parsed.structs[:, self._cut_series]
         end = at + counts * width
-        last = len(parsed.words) - 1
         for power in range(int(counts.max()).bit_length() - 1, -1, -1):
             # All structs up to the one that this many further on is the last of, if that is there and before the first.
             step = width << power
             looked = at + (step - width)
-            before = parsed.words[np.minimum(looked, last)] < firsts
+            before = parsed.words.take(looked, mode="clip") < firsts
             before &= looked < end
             at = at + before * step
         return at, (end - at) // width
@@ -227,7 +226,7 @@ class RecordCodec:
             raise self._corrupt(records)
         words = np.frombuffer(data, "<i8")
         base = (np.cumsum(lengths) - lengths) >> 3
-        header = words[base[:, None] + np.arange(self._header)]
+        header = words.take(base[:, None] + np.arange(self._header))
         counts, waiting, strings = header[:, COUNTS:], header[:, WAITING], header[:, STRINGS]
         sizes = np.concatenate([np.full((len(records), 1), self._header), counts * self._widths], axis=1)
         structs = base[:, None] + np.cumsum(sizes, axis=1)
