@@ -99,7 +99,7 @@ def measure(folder: Path) -> list[Figure]:
         figures = compare(server)
     # As users start it: workers that read, and one process that all events go to.
     with Server("featserve", "featserve", "serve", "--project", str(folder), "--port", "0", "--workers", "2") as server:
-        return [*figures, *beside_pushes(server)]
+        return [*figures, *beside_pushes(server), processor_time(server)]
 
 
 def make(folder: Path) -> None:
@@ -180,8 +180,7 @@ def beside_pushes(server: Server) -> list[Figure]:
             if not pushing:
                 found[False] += run(test, clock_us()).points
                 continue
-            command = [sys.executable, "-m", "bench.windows", server.address, str(PUSHED_PER_S), str(TURN_S + 2)]
-            with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+            with pushing_process(server, TURN_S + 2) as process:
                 found[True] += run(test, clock_us()).points
                 pushed.append(float(process.communicate()[0]))
     idle, busy = (_all([point.total() for point in found[pushing]]) for pushing in (False, True))
@@ -194,6 +193,28 @@ def beside_pushes(server: Server) -> list[Figure]:
         Figure("  p99 while pushing", p99s[1], "us", note=f"p50 {number(busy.latency.quantile_ns(0.5) / 1e3)} us"),
         Figure("  errors", errors.total(), "", 0, at_most=True, note=", ".join(errors)),
     ]
+
+
+def processor_time(server: Server) -> Figure:
+    """Return what an event takes in all processes of a server that nobody reads from, beyond what they take idle."""
+    took: list[float] = []
+    for pushing in (False, True):
+        began, before = time.perf_counter(), server.cpu_s()
+        if pushing:
+            with pushing_process(server, TURN_S) as process:
+                process.wait()
+        else:
+            time.sleep(TURN_S)
+        elapsed_s = time.perf_counter() - began
+        took.append((server.cpu_s() - before) / elapsed_s)
+    events_per_s = PUSHED_PER_S * TURN_S / elapsed_s
+    return Figure("  processor time for an event", (took[1] - took[0]) / events_per_s * 1e6, "us")
+
+
+def pushing_process(server: Server, seconds: float) -> subprocess.Popen[str]:
+    """Start a process that pushes, so that what it takes is not the server's; it prints how many events came in."""
+    command = [sys.executable, "-m", "bench.windows", server.address, str(PUSHED_PER_S), str(seconds)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
 def _all(rounds: list[Round]) -> Round:

@@ -128,6 +128,7 @@ class _Backfill:
         self._loads = (before + 1).to_bytes(8, "big")
         self._mark = loaded_mark(self._loads)
         self._ids: list[tuple[bytes, bytes]] = []
+        self._united: dict[bytes, bytes] = {}
 
     def run(self, history: tuple[EventBatch, Mask] | None, load: Load) -> int:
         """Make the records of all entities, those that the history no longer has among them; return what counts."""
@@ -149,6 +150,8 @@ class _Backfill:
             first, stop = np.searchsorted(owner[order], (start, start + len(part)))
             rows = order[first:stop]
             counted += self._add(history, rows, owner[rows] - start, part, load)
+        if self._united:
+            load.add(*zip(*sorted(self._united.items()), strict=True))
         if self._ids:
             marks = sorted(id_ for id_, _ in self._ids)
             load.add([plan.ids + id_ for id_ in marks], [self._mark] * len(marks))
@@ -173,8 +176,7 @@ class _Backfill:
         plan, codec = self._plan, self._plan.codec
         assert plan.pushed is not None
         pool = Pool()
-        found = self._store.read_many([plan.pushed + key for key in entities])
-        state = codec.decode([record or codec.empty for record in found], pool)
+        state = self._pushed(entities, pool)
         counts: Array = np.zeros(0, np.bool_)
         batch: EventBatch | None = None
         if history is not None and len(rows):
@@ -192,6 +194,22 @@ class _Backfill:
             raise SourceError(f"{path}: {over(plan, problem, entities, batch, owner)}")
         load.add([plan.records + key for key in entities], codec.encode(state, pool))
         return int(counts.sum())
+
+    def _pushed(self, entities: Sequence[bytes], pool: Pool) -> State:
+        """Return what was pushed of some entities; their recent parts are united with it, and begin anew."""
+        plan, codec = self._plan, self._plan.codec
+        assert plan.pushed is not None
+        keys = [plan.pushed + key for key in entities]
+        pushed = codec.decode([record or codec.empty for record in self._store.read_many(keys)], pool)
+        if plan.recent is not None:
+            names = [plan.recent + key for key in entities]
+            recent = codec.decode([record or codec.empty for record in self._store.read_many(names)], pool)
+            pushed = unite(codec.layout, pushed, recent)
+            there = np.flatnonzero(recent.newest_us > NEVER_US)
+            united = codec.encode(pushed.take(there), pool)
+            self._united |= zip([keys[i] for i in there.tolist()], united, strict=True)
+            self._united |= dict.fromkeys(names, codec.empty)
+        return pushed
 
     def _note_ids(self, batch: EventBatch, counts: Mask, owner: Int64s, entities: Sequence[bytes]) -> None:
         """Note the ids of the events that count."""

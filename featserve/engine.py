@@ -71,7 +71,7 @@ def read(
     # What float32 cannot hold is served as infinity; a NaN may be a signalling one.
     with np.errstate(over="ignore", invalid="ignore"):
         for i, view in enumerate(plan.views):
-            stop = start + rows
+            stop = start + (rows if view.recent is None else 2 * rows)
             if stages is not None:
                 stages.begin(f"codec {view.codec.view}")
             _fill(answer, i, view, found[start:stop], now_us, schema, as_of)
@@ -98,6 +98,8 @@ def _encode(plan: ReadPlan, keys: EntityKeys) -> list[bytes]:
             part = parts[view.keys] = encode_keys([keys.columns[name] for name in view.keys])
         prefix = view.prefix
         wanted += [prefix + key for key in part]
+        if (recent := view.recent) is not None:
+            wanted += [recent + key for key in part]
     return wanted
 
 
@@ -134,18 +136,18 @@ def _fill(
     as_of: bool,
 ) -> None:
     """Put the rows of view ``i`` in their places."""
-    codec = view.codec
+    codec, rows = view.codec, len(answer.status)
     if view.records is None:
         decoded, whole = _stored(answer, i, view, found, now_us)
     else:
-        decoded = view.records.read(found, now_us, as_of=as_of)
+        decoded = view.records.read(found[:rows], now_us, recent=found[rows:], as_of=as_of)
         whole = not np.count_nonzero(decoded.fixed["words"][:, 4:] != codec.lowest[4:])
         if answer.times is not None:
             answer.times[:, i] = decoded.times()[0]
     valid = None
     if not whole:
         if answer.valid is None:
-            answer.valid = np.ones((len(found), len(schema.features)), np.bool_)
+            answer.valid = np.ones((rows, len(schema.features)), np.bool_)
         valid = answer.valid
         valid[:, view.targets] = decoded.validity(len(codec.features))[:, view.sources]
     for dtype, source, target in view.tensor:

@@ -29,18 +29,25 @@ def fold(layout: Layout, state: State, events: Events, now_us: int) -> State:
     if len(waiting):
         events = events.take(visible)
     newest, exact = state.newest_us.copy(), state.exact_us.copy()
+    seen = state.seen_us.copy()
+    np.maximum.at(seen, events.owner, events.event_time_us)
+    events = events.take(reached(layout, seen, events.owner, events.event_time_us))
     np.maximum.at(newest, events.owner, events.event_time_us)
-    events = events.take(reached(layout, newest, events.owner, events.event_time_us))
     np.maximum.at(exact, events.owner, np.maximum(events.event_time_us, events.known_at_us))
-    firsts = _firsts(layout, newest)
+    firsts = _firsts(layout, seen)
     runs = []
     for series, first, run in zip(layout.series, firsts, state.runs, strict=True):
         numbers = periods(series.windows[0], events.event_time_us)
         kept = numbers >= first[events.owner]
         come = _run_of(series, events.take(kept), numbers[kept])
         runs.append(_trimmed(_united(series, run, come), first))
-    waiting = waiting.take(reached(layout, newest, waiting.owner, waiting.event_time_us))
-    return State(exact, newest, tuple(runs), _in_order(waiting))
+    waiting = waiting.take(reached(layout, seen, waiting.owner, waiting.event_time_us))
+    return State(exact, newest, seen, tuple(runs), _in_order(waiting))
+
+
+def settled(layout: Layout, state: State, now_us: int) -> State:
+    """Return the state with those events folded that were waiting, and are visible now."""
+    return fold(layout, state, Events.none(layout), now_us) if len(state.waiting) else state
 
 
 @np.errstate(all="ignore")
@@ -51,8 +58,9 @@ def unite(layout: Layout, one: State, other: State) -> State:
         _trimmed(_united(series, a, b), first)
         for series, a, b, first in zip(layout.series, one.runs, other.runs, _firsts(layout, newest), strict=True)
     ]
-    waiting = _in_order(one.waiting.and_those_of(other.waiting))
-    return State(np.maximum(one.exact_us, other.exact_us), newest, tuple(runs), waiting)
+    waiting = one.waiting.and_those_of(other.waiting)
+    waiting = _in_order(waiting.take(reached(layout, newest, waiting.owner, waiting.event_time_us)))
+    return State(np.maximum(one.exact_us, other.exact_us), newest, newest, tuple(runs), waiting)
 
 
 def reached(layout: Layout, newest_us: Int64s, owner: Int64s, event_time_us: Int64s) -> Mask:
@@ -163,14 +171,14 @@ def _accumulated(series: Series, run: Run) -> Run:
     columns = [column.copy() for column in run.columns]
     step = 1
     while len(rows := np.flatnonzero(run.owner[:-step] == run.owner[step:])):
-        merged = _merged(series, [c[rows] for c in columns], [c[rows + step] for c in columns])
-        for column, new in zip(columns, merged, strict=True):
+        both = merged(series, [c[rows] for c in columns], [c[rows + step] for c in columns])
+        for column, new in zip(columns, both, strict=True):
             column[rows] = new
         step *= 2
     return Run(run.owner, run.number, tuple(columns))
 
 
-def _merged(series: Series, one: Columns, other: Columns) -> list[Array]:
+def merged(series: Series, one: Columns, other: Columns) -> list[Array]:
     """Return the columns of n structs that stand for the events of two each."""
     counted = len(series.operands)
     columns: list[Array] = [a + b for a, b in zip(one[:counted], other[:counted], strict=True)]
@@ -213,8 +221,8 @@ def _united(series: Series, one: Run, other: Run) -> Run:
     columns = [column.take(a, mode="clip") for column in one.columns]
     for column in columns[: len(series.operands)]:
         column[~a_is_ours] = 0
-    merged = _merged(series, [c[rows] for c in columns], [c[b[rows]] for c in other.columns])
-    for column, part in zip(columns, merged, strict=True):
+    both = merged(series, [c[rows] for c in columns], [c[b[rows]] for c in other.columns])
+    for column, part in zip(columns, both, strict=True):
         column[rows] = part
     return Run(owner, number, tuple(columns))
 

@@ -30,7 +30,8 @@ class ViewRead:
     view's features that are served, by their number in the view and in the answer. ``unmarked``:
     the features whose stored null is no NaN in the tensor, by their number in the answer and their tensor column.
     ``inputs``: what transforms take: the slot, type and place of a feature, and its number in the view. ``records``:
-    reads what the store holds of a view over events; None for one whose rows are stored as they are.
+    reads what the store holds of a view over events; None for one whose rows are stored as they are. ``recent``: the
+    prefix of the other parts of records that are kept in two.
     """
 
     keys: tuple[str, ...]
@@ -44,6 +45,7 @@ class ViewRead:
     unmarked: tuple[tuple[int, int], ...]
     inputs: tuple[tuple[str, Type, tuple[str, int], int], ...]
     records: RecordCodec | None
+    recent: bytes | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +85,15 @@ class WritePlan:
 class WindowPlan:
     """Everything that a push of events, or a load of them, needs for one view version over them.
 
-    Prefixes of keys: ``records``, of what is served; ``pushed``, of pushes alone, for a view that is also loaded;
-    ``ids``, of the events that count; ``expiry``, the ids by entity and time. ``load``: the key of the number of loads.
+    Prefixes of keys: ``records``, of what is served; ``recent``, of the part of it that came lately, where records are
+    kept in two; ``pushed``, of pushes alone, but for the recent part, for a view that is also loaded; ``ids``, of the
+    events that count; ``expiry``, the ids by entity and time. ``load``: the key of the number of loads.
     """
 
     view: FeatureView
     codec: RecordCodec
     records: bytes
+    recent: bytes | None
     pushed: bytes | None
     ids: bytes
     expiry: bytes
@@ -98,9 +102,10 @@ class WindowPlan:
     @classmethod
     def of(cls, view: FeatureView) -> Self:
         """Return the plan of a view over events."""
+        codec = RecordCodec(view)
         pushed = None if view.source is None else key_prefix(view, ":pushed")
         others = (key_prefix(view, f":{kind}") for kind in ("ids", "expiry", "load"))
-        return cls(view, RecordCodec(view), key_prefix(view), pushed, *others)
+        return cls(view, codec, key_prefix(view), _recent(codec), pushed, *others)
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +272,7 @@ def _compile_read(view: FeatureView, index: int, schema: ServiceSchema, inputs: 
             field = view.feature(given.names[0])
             taken_by_steps[slot_of(given)] = (field.type, codec.place[field.name], number[field.name])
     keys = tuple(view.entity.keys)
+    records = None if view.events is None else RecordCodec(view)
     return ViewRead(
         keys,
         key_prefix(view),
@@ -278,8 +284,14 @@ def _compile_read(view: FeatureView, index: int, schema: ServiceSchema, inputs: 
         _compact(targets),
         tuple(unmarked),
         tuple((slot, *how) for slot, how in taken_by_steps.items()),
-        None if view.events is None else RecordCodec(view),
+        records,
+        None if records is None else _recent(records),
     )
+
+
+def _recent(codec: RecordCodec) -> bytes | None:
+    """Return the prefix of the keys of what came lately, where records are kept in two parts."""
+    return key_prefix(codec.layout.view, ":recent") if codec.layout.in_parts else None
 
 
 def _compact(positions: list[int]) -> Place:

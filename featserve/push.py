@@ -1,14 +1,17 @@
 """Pushed events into the records of every view over them: all in one update of the store, or none.
 
 Comes in: the plan of an event source, and a batch of its events. An event with an id counts once: the ids of those that
-count have keys of their own, and are removed when no window can hold their event any more. Knows no transport and reads
-no clock.
+count have keys of their own, and are removed when no window can hold their event any more. Where records are kept in
+two parts, events go to the recent one, which is short, and is united with the record when it has grown long. Knows no
+transport and reads no clock.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,9 +20,9 @@ from featserve.checks import check_rows
 from featserve.codec import check_key_sizes, encode_keys
 from featserve.definitions import Calendar, Window
 from featserve.errors import InvalidRequest, invalid
-from featserve.folding import beyond, fold, reached
+from featserve.folding import beyond, fold, reached, settled, unite
 from featserve.plan import PushPlan, WindowPlan
-from featserve.series import Events, Layout, Pool, State, events_of
+from featserve.series import LONG_BYTES, Events, Layout, Pool, State, events_of
 from featserve.store import OnlineStore
 from featserve.types import NEVER_US, Column, Mask
 from featserve.windows import DAY_US, starts
@@ -63,6 +66,19 @@ def push(store: OnlineStore, plan: PushPlan, batch: EventBatch, *, now_us: int, 
     return Pushed(len(batch), int(counted.sum()), int(duplicate.sum()), int(late.sum()))
 
 
+class _Kept(NamedTuple):
+    """What is kept of n entities with the events of a push.
+
+    ``before_us``: their newest event times before. ``united``: the entities whose recent part does not stay apart, and
+    ``whole``: their records with it.
+    """
+
+    before_us: Int64s
+    recent: State
+    united: Int64s
+    whole: State
+
+
 class _Part:
     """One view's part in a push. ``duplicate``, ``counted``, ``late``: what became of each event, bool of (n,)."""
 
@@ -83,38 +99,34 @@ class _Part:
     def keys(self) -> list[bytes]:
         """Return the keys whose rows ``change`` takes."""
         plan = self._plan
-        keys = [plan.load, *(plan.records + key for key in self._entities)]
-        if plan.pushed is not None:
-            keys += [plan.pushed + key for key in self._entities]
-        return keys + [plan.ids + id_ for id_ in self._ids]
+        keys = [plan.load, *(plan.ids + id_ for id_ in self._ids)]
+        return keys if plan.recent is None else keys + [plan.recent + key for key in self._entities]
 
     def change(self, store: OnlineStore, found: Mapping[bytes, bytes | None]) -> Writes:
         """Return what to write, and note what becomes of each event."""
-        plan, layout = self._plan, self._plan.codec.layout
+        plan = self._plan
         fresh = self._fresh(found)
         self.duplicate[self._rows[~fresh]] = True
         rows = np.flatnonzero(fresh)
         if not len(rows):
             return {}
         pool = Pool()
-        events = events_of(layout, self._batch.take(rows), self._owner[rows], pool)
-        before, after = self._folded(plan.records, found, events, pool)
-        if problem := beyond(layout, after):
-            raise over(plan, problem, self._entities, self._batch, self._owner)
-        counts = reached(layout, after.newest_us, events.owner, events.event_time_us)
+        events = events_of(plan.codec.layout, self._batch.take(rows), self._owner[rows], pool)
+        kept = self._folded(store, found, events, pool)
+        if problem := beyond(plan.codec.layout, kept.whole):
+            what, entity = problem
+            raise over(plan, (what, int(kept.united[entity])), self._entities, self._batch, self._owner)
+        counts = reached(plan.codec.layout, kept.recent.seen_us, events.owner, events.event_time_us)
         self.counted[self._rows[rows[counts]]] = True
         self.late[self._rows[rows[~counts]]] = True
-        writes: Writes = dict(self._encoded(plan.records, after, pool))
-        if plan.pushed is not None:
-            pushed = self._folded(plan.pushed, found, events.take(counts), pool)[1]
-            writes |= self._encoded(plan.pushed, pushed, pool)
+        writes = self._parts(store, kept, pool)
         if self._ids:
-            kept = rows[counts]
-            ids = [self._ids[row] for row in kept.tolist()]
-            times_us = self._batch.event_time_us[kept]
-            writes |= self._expired(store, before, after)
+            rows = rows[counts]
+            ids = [self._ids[row] for row in rows.tolist()]
+            times_us = self._batch.event_time_us[rows]
+            writes |= self._expired(store, kept.before_us, kept.recent.seen_us)
             writes |= dict.fromkeys([plan.ids + id_ for id_ in ids], PUSHED)
-            writes |= dict.fromkeys(expiry_keys(plan, self._entities, self._owner[kept], times_us, ids), PUSHED)
+            writes |= dict.fromkeys(expiry_keys(plan, self._entities, self._owner[rows], times_us, ids), PUSHED)
         return writes
 
     def _fresh(self, found: Mapping[bytes, bytes | None]) -> Mask:
@@ -133,26 +145,62 @@ class _Part:
             seen.add(id_)
         return fresh
 
-    def _folded(
-        self, prefix: bytes, found: Mapping[bytes, bytes | None], events: Events, pool: Pool
-    ) -> tuple[State, State]:
-        """Return the states of the entities before and after."""
+    def _folded(self, store: OnlineStore, found: Mapping[bytes, bytes | None], events: Events, pool: Pool) -> _Kept:
+        """Fold events into the recent parts, and unite with their records those that do not stay apart."""
+        plan, codec, layout = self._plan, self._plan.codec, self._plan.codec.layout
+        recent, unites = State.empty(layout, len(self._entities)), np.ones(len(self._entities), np.bool_)
+        if plan.recent is not None:
+            parts = [found[plan.recent + key] or codec.empty for key in self._entities]
+            recent = codec.decode(parts, pool)
+            unites = np.fromiter((len(part) > LONG_BYTES for part in parts), np.bool_, len(parts))
+            unites[events.owner[np.maximum(events.event_time_us, events.known_at_us) > self._now_us]] = True
+        looked = np.flatnonzero(unites | (recent.newest_us == NEVER_US))
+        records = self._read(store, plan.records, looked, pool)
+        unites[looked[records.newest_us == NEVER_US]] = True
+        unites[looked[records.waiting.owner]] = True
+        before_us = recent.seen_us.copy()
+        before_us[looked] = np.maximum(before_us[looked], records.newest_us)
+        records = settled(layout, records, self._now_us)
+        seen_us = before_us.copy()
+        seen_us[looked] = np.maximum(seen_us[looked], records.newest_us)
+        recent = fold(layout, replace(recent, seen_us=seen_us), events, self._now_us)
+        united = np.flatnonzero(unites)
+        whole = unite(layout, records.take(np.searchsorted(looked, united)), recent.take(united))
+        return _Kept(before_us, recent, united, whole)
+
+    def _parts(self, store: OnlineStore, kept: _Kept, pool: Pool) -> Writes:
+        """Return the recent parts that stay apart, and the records that are united with theirs, which begin anew."""
+        plan, layout, united = self._plan, self._plan.codec.layout, kept.united
+        writes = self._encoded(plan.records, kept.whole, united, pool)
+        if plan.pushed is not None:
+            pushed = settled(layout, self._read(store, plan.pushed, united, pool), self._now_us)
+            pushed = unite(layout, pushed, kept.recent.take(united))
+            writes |= self._encoded(plan.pushed, pushed, united, pool)
+        if plan.recent is not None:
+            apart = np.setdiff1d(np.arange(len(self._entities)), united)
+            writes |= self._encoded(plan.recent, kept.recent.take(apart), apart, pool)
+            writes |= dict.fromkeys((plan.recent + self._entities[i] for i in united.tolist()), plan.codec.empty)
+        return writes
+
+    def _read(self, store: OnlineStore, prefix: bytes, rows: Int64s, pool: Pool) -> State:
+        """Return what is stored of the entities ``rows``."""
         codec = self._plan.codec
-        before = codec.decode([found[prefix + key] or codec.empty for key in self._entities], pool)
-        return before, fold(codec.layout, before, events, self._now_us)
+        found = store.read_many([prefix + self._entities[row] for row in rows.tolist()])
+        return codec.decode([record or codec.empty for record in found], pool)
 
-    def _encoded(self, prefix: bytes, state: State, pool: Pool) -> dict[bytes, bytes]:
-        rows = self._plan.codec.encode(state, pool)
-        return {prefix + key: row for key, row in zip(self._entities, rows, strict=True)}
+    def _encoded(self, prefix: bytes, state: State, rows: Int64s, pool: Pool) -> Writes:
+        """Return what to write for the entities ``rows``."""
+        keys = [prefix + self._entities[row] for row in rows.tolist()]
+        return dict(zip(keys, self._plan.codec.encode(state, pool), strict=True))
 
-    def _expired(self, store: OnlineStore, before: State, after: State) -> Writes:
+    def _expired(self, store: OnlineStore, before_us: Int64s, after_us: Int64s) -> Writes:
         """Return the removal of ids whose event no window of its entity can hold any more.
 
         All that are there: a load may have moved the newest event on before.
         """
         plan, layout = self._plan, self._plan.codec.layout
-        old, new = sweeps(layout, before.newest_us), sweeps(layout, after.newest_us)
-        moved = np.flatnonzero((new > old) & (before.newest_us > NEVER_US))
+        old, new = sweeps(layout, before_us), sweeps(layout, after_us)
+        moved = np.flatnonzero((new > old) & (before_us > NEVER_US))
         names: list[bytes] = []
         for entity, end in zip(moved.tolist(), new[moved].tolist(), strict=True):
             key = self._entities[entity]

@@ -3,17 +3,18 @@
 A record is words of 8 bytes, little-endian but for the first:
 
     word     what
-    0        as in a plain row: 0xF5, format version, a kind (1: a record), zero, fingerprint of the view
+    0        as in a plain row: 0xF5, format version, a kind (2: a record), zero, fingerprint of the view
     1 2 3    the place of a row's stamp: zero, so that of two records of an entity the later written one stays
     4        the newest max(event time, known at) that was folded: a read as of an earlier instant is refused
-    5        the newest event time that was folded
-    6 7      events that wait to become visible; bytes of strings at the end
-    8 ...    for each series, how many structs it has
+    5 6      the newest event time that was folded, and that of the entity: later where its other part has a newer one
+    7 8      events that wait to become visible; bytes of strings at the end
+    9 ...    for each series, how many structs it has
     ...      the structs of each series, as ``series.Series`` says; waiting events; strings, each once
 
 A string's word is where it starts, in bytes from the first, times 2^32, plus its length. Narrower values are widened to
 int64 or float64. A read finds, for all windows of all rows at once, the struct of the first bucket by bisection, and
-takes from it what stands for the whole window. Knows no store and no clock.
+takes from it what stands for the whole window. What is kept in two parts (``Layout.in_parts``) is two records: a read
+finds a struct in each, and merges the two. Knows no store and no clock.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from featserve.batch import EventBatch, Int64s
 from featserve.codec import MAGIC, MAX_ROW_BYTES, VERSION, RowCodec, Rows
 from featserve.definitions import FeatureView
 from featserve.errors import CorruptRow, TooLarge, invalid
-from featserve.folding import fold
+from featserve.folding import fold, merged
 from featserve.series import Events, Layout, Measure, Place, Pool, Run, Series, State, value_dtype
 from featserve.types import NEVER_US, Array, Column, Mask, Type, from_us, gather
 from featserve.windows import first_period, first_periods, starts
 
-KIND = 1
-EXACT, NEWEST, WAITING, STRINGS, COUNTS = 4, 5, 6, 7, 8
+KIND = 2
+EXACT, NEWEST, SEEN, WAITING, STRINGS, COUNTS = 4, 5, 6, 7, 8, 9
 
 Coded = tuple[Int64s, Array, Mask]
 """A column of codes: the record of each, the codes, and which of them are there."""
@@ -84,16 +85,29 @@ class RecordCodec:
     # Reading
 
     @np.errstate(all="ignore")  # where nothing is counted, partials are anything
-    def read(self, records: Sequence[bytes | None], now_us: int, *, as_of: bool = False) -> Rows:
+    def read(
+        self,
+        records: Sequence[bytes | None],
+        now_us: int,
+        *,
+        recent: Sequence[bytes | None] = (),
+        as_of: bool = False,
+    ) -> Rows:
         """Return n records as the rows that are served at ``now_us``.
 
-        ``as_of``: the caller asked for that instant. Where an event was folded after it, the read is refused then;
-        otherwise the entity is read as of that event, which came while the request was under way. Raises InvalidRequest
-        or CorruptRow.
+        ``recent``: the other parts of what is kept in two, one for each record. ``as_of``: the caller asked for that
+        instant. Where an event was folded after it, the read is refused then; otherwise the entity is read as of that
+        event, which came while the request was under way. Raises InvalidRequest or CorruptRow.
         """
         found = [self.empty if record is None else record for record in records]
-        parsed = self._parse(found)
-        exact = parsed.header[:, EXACT]
+        rows = len(found)
+        split = [i for i, part in enumerate(recent) if part is not None and part != self.empty]
+        parsed = self._parse([*found, *(part for i in split if (part := recent[i]) is not None)])
+        exact, newest = parsed.header[:rows, EXACT], parsed.header[:rows, NEWEST]
+        if split:
+            exact, newest = exact.copy(), newest.copy()
+            exact[split] = np.maximum(exact[split], parsed.header[rows:, EXACT])
+            newest[split] = np.maximum(newest[split], parsed.header[rows:, NEWEST])
         instants = None
         if exact.max() > now_us:
             if as_of:
@@ -106,20 +120,24 @@ class RecordCodec:
         if parsed.header[:, WAITING].any():
             settled = self._settled(found, parsed, now_us)
             if settled is not None:
-                return self.read(settled, now_us)
+                return self.read(settled, now_us, recent=recent)
         firsts, earliest = self._firsts(now_us, instants)
-        at, held = self._bisected(parsed, firsts)
+        at, held = self._bisected(parsed, firsts if instants is None else np.append(firsts, firsts[split], axis=0))
         structs = [
             _Structs(parsed.words.take(at[:, i, None] + np.arange(width), mode="clip"), held[:, i])
             for i, width in enumerate(self._cut_widths.tolist())
         ]
+        if split:
+            structs = [
+                self._joined(self.layout.series[series], found, rows, split)
+                for series, found in zip(self._cut_series.tolist(), structs, strict=True)
+            ]
         columns = {
             f.name: self._feature(parsed, place, structs[place.cut], f.type)
             for f, place in zip(self.rows.features, self.layout.places, strict=True)
         }
-        newest = parsed.header[:, NEWEST]
         event_time_us = np.where(newest < earliest, NEVER_US, newest)
-        fixed = np.empty(len(found), self.rows.dtype)
+        fixed = np.empty(rows, self.rows.dtype)
         tail = self.rows.pack(EventBatch(columns, event_time_us, event_time_us, event_time_us), fixed)
         if tail is None or tail.offsets is None:
             return Rows(fixed, None, None)
@@ -127,9 +145,9 @@ class RecordCodec:
 
     def _settled(self, records: list[bytes], parsed: _Parsed, now_us: int) -> list[bytes] | None:
         """Return the records with the events folded that have become visible since they were written, if any have."""
-        width = self._waiting_width
-        owner = np.repeat(np.arange(len(records)), parsed.header[:, WAITING])
-        at = _places(parsed.structs[:, -1], parsed.header[:, WAITING], width)
+        waiting = parsed.header[: len(records), WAITING]  # nothing waits in what came lately
+        owner = np.repeat(np.arange(len(records)), waiting)
+        at = _places(parsed.structs[: len(records), -1], waiting, self._waiting_width)
         visible = np.maximum(parsed.words[at], parsed.words[at + 1]) <= now_us
         if not visible.any():
             return None
@@ -154,15 +172,27 @@ class RecordCodec:
         counts, width = parsed.counts[:, self._cut_series], self._cut_widths
         at = parsed.structs[:, self._cut_series]
         end = at + counts * width
-        last = len(parsed.words) - 1
         for power in range(int(counts.max()).bit_length() - 1, -1, -1):
             # All structs up to the one that this many further on is the last of, if that is there and before the first.
             step = width << power
             looked = at + (step - width)
-            before = parsed.words[np.minimum(looked, last)] < firsts
+            before = parsed.words.take(looked, mode="clip") < firsts
             before &= looked < end
             at = at + before * step
         return at, (end - at) // width
+
+    def _joined(self, series: Series, structs: _Structs, rows: int, split: Sequence[int]) -> _Structs:
+        """Return the structs of ``rows`` records, those behind them merged in: of the other parts of ``split``."""
+        words, held = structs.words[:rows], structs.held[:rows]
+        sides = []
+        for part, there in ((words[split], held[split] > 0), (structs.words[rows:], structs.held[rows:] > 0)):
+            columns = [_from_words(part[:, 1 + k], dtype) for k, dtype in enumerate(series.dtypes)]
+            counted = len(series.operands)
+            sides.append([*(column * there for column in columns[:counted]), *columns[counted:]])
+        for k, column in enumerate(merged(series, *sides)):
+            words[split, 1 + k] = _to_words(column)
+        held[split] += structs.held[rows:]
+        return _Structs(words, held)
 
     def _feature(self, parsed: _Parsed, place: Place, structs: _Structs, type: Type) -> Column:
         """Return one feature from the structs of its cut."""
@@ -192,16 +222,20 @@ class RecordCodec:
         """Return records as words; raises CorruptRow for what is none of this view."""
         data = b"".join(records)
         lengths = np.fromiter(map(len, records), np.int64, len(records))
-        if (lengths & 7).any() or lengths.min() < 8 * self._header:
+        if (lengths & 7).any() or lengths.min(initial=8 * self._header) < 8 * self._header:
             raise self._corrupt(records)
         words = np.frombuffer(data, "<i8")
         base = (np.cumsum(lengths) - lengths) >> 3
-        header = words[base[:, None] + np.arange(self._header)]
+        header = words.take(base[:, None] + np.arange(self._header))
         counts, waiting, strings = header[:, COUNTS:], header[:, WAITING], header[:, STRINGS]
         sizes = np.concatenate([np.full((len(records), 1), self._header), counts * self._widths], axis=1)
         structs = base[:, None] + np.cumsum(sizes, axis=1)
         whole = structs[:, -1] - base + waiting * self._waiting_width + ((strings + 7) >> 3)
-        if (header[:, 0] != self._head_word).any() or header[:, WAITING:].min() < 0 or (whole << 3 != lengths).any():
+        if (
+            (header[:, 0] != self._head_word).any()
+            or header[:, WAITING:].min(initial=0) < 0
+            or (whole << 3 != lengths).any()
+        ):
             raise self._corrupt(records)
         return _Parsed(data, words, header, base, structs)
 
@@ -243,7 +277,11 @@ class RecordCodec:
                     columns[last] = strings.codes(owner, columns[last], _there(series, measure, columns))
             runs.append(Run(owner, words[at], tuple(columns)))
         return State(
-            parsed.header[:, EXACT], parsed.header[:, NEWEST], tuple(runs), self._decode_waiting(parsed, strings)
+            parsed.header[:, EXACT],
+            parsed.header[:, NEWEST],
+            parsed.header[:, SEEN],
+            tuple(runs),
+            self._decode_waiting(parsed, strings),
         )
 
     def _decode_waiting(self, parsed: _Parsed, strings: _Strings) -> Events:
@@ -270,7 +308,7 @@ class RecordCodec:
         heap = _Heap(pool, len(state), self._coded(state))
         header = np.zeros((len(state), self._header), np.int64)
         header[:, 0] = self._head_word
-        header[:, EXACT], header[:, NEWEST] = state.exact_us, state.newest_us
+        header[:, EXACT], header[:, NEWEST], header[:, SEEN] = state.exact_us, state.newest_us, state.seen_us
         header[:, WAITING], header[:, STRINGS] = np.bincount(state.waiting.owner, minlength=len(state)), heap.sizes
         for i, run in enumerate(state.runs):
             header[:, COUNTS + i] = np.bincount(run.owner, minlength=len(state))
@@ -282,8 +320,8 @@ class RecordCodec:
         out = np.zeros(int(words.sum()), np.int64)
         out[base[:, None] + np.arange(self._header)] = header
         self._write_structs(out, state, header, base[:, None] + np.cumsum(sizes, axis=1), heap)
-        data, ends = out.tobytes(), (8 * (base + words)).tolist()
-        return [data[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+        data, starts, ends = out.tobytes(), (8 * base).tolist(), (8 * (base + words)).tolist()
+        return [data[start:end] for start, end in zip(starts, ends, strict=True)]
 
     def _write_structs(self, out: Int64s, state: State, header: Int64s, structs: Int64s, heap: _Heap) -> None:
         """Write all that is behind the headers to ``out``."""

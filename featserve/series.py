@@ -14,7 +14,7 @@ Knows no bytes, no store and no clock. Strings and bytes are int64 codes of a ``
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Self
 
@@ -29,6 +29,8 @@ from featserve.types import NEVER_US, Array, Column, Mask, Type
 COUNT = "count"
 MAX_WAITING = 10_000
 """The most events of one entity that may wait to become visible."""
+LONG_BYTES = 2_048
+"""A record that may be longer is kept in two parts: what came lately is in one of up to about this length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +121,29 @@ class Layout:
         """Return the layout of a view over events."""
         return cls(view, *_compile(view))
 
+    @property
+    def in_parts(self) -> bool:
+        """True where records are kept in two parts: they may be long, and two structs make one by arithmetic alone.
+
+        Not where strings stand behind them, or all of it is needed to hold a bound.
+        """
+        longest = sum(max(map(_buckets, series.windows)) * series.width for series in self.series)
+        coded = any(measure.coded for series in self.series for measure in series.measures)
+        return not self.bounds and not coded and 8 * longest > LONG_BYTES
+
 
 def _grain(window: Window) -> tuple[Any, ...]:
     """Return what two windows have in common that number buckets alike."""
     if isinstance(window, Calendar):
         return "calendar", window.unit, window.zone
     return ("hopping", window.hop_us) if isinstance(window, Hopping) else ("rolling",)
+
+
+def _buckets(window: Window) -> int:
+    """Return how many buckets a window of hops or local periods is."""
+    if isinstance(window, Calendar):
+        return window.n
+    return window.duration_us // window.hop_us + 1 if isinstance(window, Hopping) else 1
 
 
 class _Draft:
@@ -322,13 +341,14 @@ class Run:
 class State:
     """What is kept of n entities.
 
-    ``exact_us``: the instant from which on a read is right, ``newest_us``: the newest event time, both int64 of shape
-    (n,) and NEVER_US where no event was folded. ``runs``: one for each series. ``waiting``: events not yet visible, in
-    the order of their owners.
+    ``exact_us``: the instant from which on a read is right, ``newest_us``: the newest event time, ``seen_us``: that of
+    the entity, later where its other part has a newer event; int64 of shape (n,), NEVER_US where no event was folded.
+    ``runs``: one for each series. ``waiting``: events not yet visible, in the order of their owners.
     """
 
     exact_us: Int64s
     newest_us: Int64s
+    seen_us: Int64s
     runs: tuple[Run, ...]
     waiting: Events
 
@@ -340,4 +360,19 @@ class State:
         """Return the state of entities without an event."""
         never, no = np.full(entities, NEVER_US), np.zeros(0, np.int64)
         runs = tuple(Run(no, no, tuple(np.zeros(0, d) for d in s.dtypes)) for s in layout.series)
-        return cls(never, never, runs, Events.none(layout))
+        return cls(never, never, never, runs, Events.none(layout))
+
+    def take(self, rows: Int64s) -> State:
+        """Return what is kept of the entities ``rows``, which rise."""
+        if len(rows) == len(self):
+            return self
+        numbers = np.full(len(self), -1)
+        numbers[rows] = np.arange(len(rows))
+        runs = []
+        for run in self.runs:
+            owner = numbers[run.owner]
+            part = run.take(owner >= 0)
+            runs.append(Run(numbers[part.owner], part.number, part.columns))
+        waiting = self.waiting.take(numbers[self.waiting.owner] >= 0)
+        waiting = replace(waiting, owner=numbers[waiting.owner])
+        return State(self.exact_us[rows], self.newest_us[rows], self.seen_us[rows], tuple(runs), waiting)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -12,9 +13,9 @@ import pytest
 from featserve.batch import EventBatch
 from featserve.definitions import Aggregate, Calendar, Entity, EventSource, FeatureView, Field, Hopping, Rolling
 from featserve.errors import CorruptRow
-from featserve.folding import beyond, fold
+from featserve.folding import beyond, fold, settled, unite
 from featserve.records import RecordCodec
-from featserve.series import Pool, events_of
+from featserve.series import Events, Pool, events_of
 from featserve.types import NEVER_US, Column, Float64, Int64, String, column, to_us
 from tests.windows_model import Event, answers, distinct, make_history
 
@@ -28,11 +29,15 @@ def batch_of(view: FeatureView, events: Sequence[Event]) -> EventBatch:
 
 
 class World:
-    """The records of a view's entities as bytes, and every event that was folded into them."""
+    """The records of a view's entities as bytes, and every event that was folded into them.
 
-    def __init__(self, view: FeatureView) -> None:
-        self.view, self.codec = view, RecordCodec(view)
+    ``parts``: events are folded into second records, which are now and then united with the first ones.
+    """
+
+    def __init__(self, view: FeatureView, parts: np.random.Generator | None = None) -> None:
+        self.view, self.codec, self.parts = view, RecordCodec(view), parts
         self.records: dict[tuple[Any, ...], bytes] = {}
+        self.recent: dict[tuple[Any, ...], bytes] = {}
         self.events: list[Event] = []
 
     def fold(self, events: Sequence[Event], now_us: int) -> None:
@@ -47,11 +52,23 @@ class World:
         state = self.codec.decode([self.records.get(key, self.codec.empty) for key in keys], pool)
         owner = np.array([keys.index(key) for key, _ in keyed])
         come = events_of(self.codec.layout, batch_of(self.view, [e for _, e in keyed]), owner, pool)
-        self.records |= zip(keys, self.codec.encode(fold(self.codec.layout, state, come, now_us), pool), strict=True)
+        layout = self.codec.layout
+        if self.parts is not None:
+            state = settled(layout, state, now_us)
+            recent = self.codec.decode([self.recent.get(key, self.codec.empty) for key in keys], pool)
+            recent = replace(recent, seen_us=np.maximum(recent.seen_us, state.newest_us))
+            recent = fold(layout, recent, come, now_us)
+            if not len(recent.waiting) and self.parts.random() < 0.7:
+                self.recent |= zip(keys, self.codec.encode(recent, pool), strict=True)
+                return
+            self.recent |= dict.fromkeys(keys, self.codec.empty)
+            state, come = unite(layout, state, recent), Events.none(layout)
+        self.records |= zip(keys, self.codec.encode(fold(layout, state, come, now_us), pool), strict=True)
 
     def check(self, asked: Sequence[tuple[Any, ...]], time_us: int) -> None:
         """Hold what is read at an instant against the oracle."""
-        rows = self.codec.read([self.records.get(key) for key in asked], time_us)
+        recent = [self.recent.get(key) for key in asked]
+        rows = self.codec.read([self.records.get(key) for key in asked], time_us, recent=recent)
         valid = rows.validity(len(self.view.features))
         event_times = rows.times()[0].tolist()
         told = [answers(self.view, self.events, key, time_us) for key in asked]
@@ -63,13 +80,14 @@ class World:
         assert event_times == [NEVER_US if newest is None else newest for newest, _ in told]
 
 
+@pytest.mark.parametrize("in_parts", [False, True])
 @pytest.mark.parametrize("seed", range(20))
-def test_records_read_as_the_oracle_says(seed: int) -> None:
+def test_records_read_as_the_oracle_says(seed: int, in_parts: bool) -> None:
     """Whatever the batches, their order and the clock, every aggregate over every kind of window is the oracle's."""
     rng = np.random.default_rng(seed)
-    history = make_history(rng, asked=24)
+    history = make_history(rng, asked=24, in_parts=in_parts)
     events = distinct(history.view, history.events)
-    world = World(history.view)
+    world = World(history.view, rng if in_parts else None)
     rng.shuffle(events)
     clocks = sorted(t for t, _ in history.asked)
     keys = list(dict.fromkeys(key for _, key in history.asked))

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from featserve import push, series
 from featserve.arrow import column_to_arrow
 from featserve.backfill import load_windows
 from featserve.batch import Arrival, EntityKeys
@@ -140,12 +141,15 @@ def ids_of(events: Sequence[Event]) -> set[str]:
 
 
 class Online:
-    """A store, an engine and a file of history under two views of one source, beside what counts in each."""
+    """A store, an engine and a file of history under two views of one source, beside what counts in each.
 
-    def __init__(self, rng: np.random.Generator, folder: Path) -> None:
+    ``in_parts``: the first is a view whose records may be kept in two parts, and often no event has to wait.
+    """
+
+    def __init__(self, rng: np.random.Generator, folder: Path, in_parts: bool) -> None:
         self.rng, self.folder = rng, folder
         windows = SHORT if rng.random() < 0.5 else WINDOWS
-        self.history = make_history(rng, source=HISTORY, windows=windows)
+        self.history = make_history(rng, source=HISTORY, windows=windows, in_parts=in_parts)
         source = self.history.view.events
         assert source is not None
         beside = replace(make_view(rng, windows), name="beside", events=source, features=())
@@ -157,7 +161,7 @@ class Online:
         self.plans = Plans(snapshot_of(views, services))
         self.store: OnlineStore = self.opened()
         self.instants = [t for t, _ in self.history.asked]
-        self.clocks = sorted(self.instants)[rng.integers(len(self.instants) // 2) :]
+        self.clocks = sorted(self.instants)[rng.integers(len(self.instants) // (1 if in_parts else 2)) :]
         self.now_us = self.clocks[0]
         self.sent, self.written, self.arrived = 0, 0, PUSHED_FROM
 
@@ -280,9 +284,16 @@ class Online:
 
 
 @pytest.mark.parametrize("number", [*range(12), *(pytest.param(n, marks=pytest.mark.slow) for n in range(12, 200))])
-def test_any_order_of_pushes_loads_and_reads(seed: int, number: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_any_order_of_pushes_loads_and_reads(
+    seed: int, number: int, in_parts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever is pushed, loaded, corrected, repeated and restarted, a push and a read say what the oracle says."""
-    online = Online(np.random.default_rng([seed, number]), tmp_path)
+    rng = np.random.default_rng([seed, number])
+    long_bytes = int(rng.choice([110, 160, 220]))
+    for module in (series, push):
+        monkeypatch.setattr(module, "LONG_BYTES", long_bytes)
+    online = Online(rng, tmp_path, in_parts)
     try:
         for _ in range(40):
             online.step()

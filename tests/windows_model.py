@@ -324,12 +324,14 @@ def make_history(
     windows: Sequence[Window] = WINDOWS,
     source: Source | None = None,
     lonely: bool = False,
+    in_parts: bool = False,
 ) -> History:
     """Return a random view over a handful of ``windows`` with a history.
 
-    ``source``: that of the view's events. ``lonely``: one entity has all events.
+    ``source``: that of the view's events. ``lonely``: one entity has all events. ``in_parts``: the view is one of those
+    whose records, if they may be long, are kept in two parts.
     """
-    view = make_view(rng, windows, source)
+    view = make_view(rng, windows, source, in_parts)
     base = CHANGES[rng.integers(len(CHANGES))]
     instants = _instants(rng, base, [a.over for a in view.aggregates])
     pools = {name: [*pool, *(RARE.get(name, ()) if rng.random() < 0.2 else ())] for name, pool in POOLS.items()}
@@ -360,8 +362,12 @@ def make_history(
     )
 
 
-def make_view(rng: np.random.Generator, windows: Sequence[Window], source: Source | None = None) -> FeatureView:
+def make_view(
+    rng: np.random.Generator, windows: Sequence[Window], source: Source | None = None, in_parts: bool = False
+) -> FeatureView:
     """Return a view of up to twelve aggregates, each function of whatever it takes, over up to three windows."""
+    if in_parts:
+        windows = [window for window in windows if not isinstance(window, Rolling)]
     chosen = [windows[i] for i in rng.permutation(len(windows))[:3]]
     functions = ("count", "sum", "mean", "min", "max", "first", "last", "stddev", "distinct_count")
     made: list[Aggregate] = []
@@ -372,6 +378,8 @@ def make_view(rng: np.random.Generator, windows: Sequence[Window], source: Sourc
         if function == "count" and rng.random() < 0.5:
             of = None
         if name in NOT_FOR.get(function, ()):
+            continue
+        if in_parts and (function == "distinct_count" or (function in ("first", "last") and name in ("kind", "body"))):
             continue
         where = WHERES[rng.integers(len(WHERES))] if rng.random() < 0.5 else None
         over = chosen[rng.integers(len(chosen))]
