@@ -61,7 +61,7 @@ def _forget(store: OnlineStore, plan: WindowPlan) -> None:
 
     names = store.keys(plan.expiry, _after(plan.expiry))
     while part := list(islice(names, LOOKED_UP)):
-        store.update([plan.load, *part], change)
+        store.update([plan.load, *part], change, own=(plan.ids, plan.expiry))
 
 
 class _History:

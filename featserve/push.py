@@ -57,7 +57,8 @@ def push(store: OnlineStore, plan: PushPlan, batch: EventBatch, *, now_us: int, 
             start += len(wanted)
         return writes
 
-    store.update([key for wanted in keys for key in wanted], change)
+    own = tuple(prefix for view in plan.views for prefix in (view.ids, view.expiry))
+    store.update([key for wanted in keys for key in wanted], change, own=own)
     counted, late, duplicate = np.zeros((3, len(batch)), np.bool_)
     for part in parts:
         counted, late, duplicate = counted | part.counted, late | part.late, duplicate | part.duplicate

@@ -44,11 +44,11 @@ class OnlineStore(Protocol):
         that of the machine. Safe to call from several threads.
         """
 
-    def update(self, keys: Sequence[bytes], change: Change) -> None:
+    def update(self, keys: Sequence[bytes], change: Change, *, own: tuple[bytes, ...] = ()) -> None:
         """Read ``keys``, write what ``change`` makes of their rows, remove the keys that it gives None; atomically.
 
         One update runs at a time. ``change`` may read the store; nothing is written where it raises. As durable as
-        ``write_many``. Stamps are not compared.
+        ``write_many``. Stamps are not compared. ``own``: what keys start with that nobody reads who follows the store.
         """
 
     def updating(self) -> AbstractContextManager[None]:

@@ -36,7 +36,7 @@ class MemoryStore:
             self._sequence += bool(won)
             return len(won)
 
-    def update(self, keys: Sequence[bytes], change: Change) -> None:
+    def update(self, keys: Sequence[bytes], change: Change, *, own: tuple[bytes, ...] = ()) -> None:
         with self._updates:
             changed = change(self.read_many(list(keys)))
             with self._lock:

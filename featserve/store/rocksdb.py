@@ -153,14 +153,14 @@ class RocksStore:
                 load.touched.update(names)
         return len(won)
 
-    def update(self, keys: Sequence[bytes], change: Change) -> None:
+    def update(self, keys: Sequence[bytes], change: Change, *, own: tuple[bytes, ...] = ()) -> None:
         self._check_writable()
         with self._updates:
             rows = self.read_many(list(keys))
             if changed := change(rows):
                 new = {key for key, row in zip(keys, rows, strict=True) if row is None}
                 with self._lock:
-                    self._write(changed, [key for key in changed if key not in new])
+                    self._write(changed, [key for key in changed if key not in new and not key.startswith(own)])
 
     def updating(self) -> AbstractContextManager[Any]:
         return self._updates
