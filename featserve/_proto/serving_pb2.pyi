@@ -77,7 +77,7 @@ class _StatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Status.ValueTy
     STATUS_NULL: _Status.ValueType  # 2
     """A visible row whose value is null. Never in an answer's status bytes: it is PRESENT with the validity bit unset."""
     STATUS_NOT_FOUND: _Status.ValueType  # 3
-    """No row that a ttl of none would show."""
+    """No visible row, even if the ttl is left aside."""
     STATUS_EXPIRED: _Status.ValueType  # 4
     """The newest row is older than the view's ttl."""
 
@@ -90,7 +90,7 @@ STATUS_PRESENT: Status.ValueType  # 1
 STATUS_NULL: Status.ValueType  # 2
 """A visible row whose value is null. Never in an answer's status bytes: it is PRESENT with the validity bit unset."""
 STATUS_NOT_FOUND: Status.ValueType  # 3
-"""No row that a ttl of none would show."""
+"""No visible row, even if the ttl is left aside."""
 STATUS_EXPIRED: Status.ValueType  # 4
 """The newest row is older than the view's ttl."""
 Global___Status: _TypeAlias = Status  # noqa: Y015
