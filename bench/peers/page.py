@@ -26,7 +26,8 @@ client. It is redis-py as `pip install redis` brings it, and with hiredis, its p
 Feast runs as `feast listen` and `feast serve` start it, one process each, over Redis, and holds {feast_entities:,}
 entities, as its API writes at most a few thousand rows a second; the others hold {entities:,}. Features are float32 in
 Feast and in Redis, where they are packed; featserve stores float64 and answers float32, from one worker. The bare
-handler is a gRPC method that does the same look-up as featserve and checks nothing."""
+handler is a gRPC method that reads the same rows from RocksDB, whose row cache has as much memory as that of featserve,
+and checks nothing."""
 
 AGAIN = """\
 It installs each peer in an environment of its own in `.peers/`, of the versions that `bench/peers/requirements/` pins,
@@ -55,8 +56,8 @@ def _lines(cells: Cells, targets: list[Figure], told: dict[str, Any], length: Le
     yield from _filled(METHOD.format(**told))
     versions = ", ".join(f"{name} {at}" for name, at in told["versions"].items())
     yield from _filled(
-        f"Measured at {machine['at']} on {machine['cpus']} CPUs, {machine['cpu']}, with Python {machine['python']}, "
-        f"{versions}, in {length.rounds} rounds. The load average before was {machine['load_average'][0]:.1f}"
+        f"Measured at {machine['at']}, commit {machine['commit'][:9]}, on {machine['cpus']} CPUs, {machine['cpu']}, "
+        f"with Python {machine['python']}, {versions}, in {length.rounds} rounds. The load average before was {machine['load_average'][0]:.1f}"
         f"{', so others were at work: trust no figure by itself' if machine['load_average'][0] > 1 else ''}. Absolute "
         "times are this machine's; ratios carry further."
     )
