@@ -136,10 +136,11 @@ def test_ratios_and_page_come_from_the_cells(tmp_path: Path) -> None:
     found = targets.figures(cells)
     assert [figure.verdict for figure in found] == ["PASS", "PASS"]
     assert found[0].value == pytest.approx(0.1)
-    machine = {"at": "now", "cpus": 2, "cpu": "fast", "system": "Linux", "python": "3.11", "load_average": (0.1,)}
+    machine = {"at": "now", "cpus": 2, "cpu": "fast", "python": "3.11", "load_average": (0.1,), "commit": "0123abcdef"}
     told = {"machine": machine, "versions": {"redis": "7"}, "missing": {"Feast, HTTP": "no such package"}}
     path = page.write(tmp_path, cells, found, told | {"entities": 9, "feast_entities": 3}, Length(1, 1, 1, 1))
     text = path.read_text(encoding="utf-8")
     assert "\n| featserve, in process | 10.0 / " in text
     assert "**Not measured: Feast, HTTP.** no such package" in text
+    assert "commit 0123abcde, on 2 CPUs" in text
     assert (tmp_path / page.PLOT).stat().st_size > 1_000

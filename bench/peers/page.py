@@ -57,7 +57,8 @@ def _lines(cells: Cells, targets: list[Figure], told: dict[str, Any], length: Le
     versions = ", ".join(f"{name} {at}" for name, at in told["versions"].items())
     yield from _filled(
         f"Measured at {machine['at']}, commit {machine['commit'][:9]}, on {machine['cpus']} CPUs, {machine['cpu']}, "
-        f"with Python {machine['python']}, {versions}, in {length.rounds} rounds. The load average before was {machine['load_average'][0]:.1f}"
+        f"with Python {machine['python']}, {versions}, in {length.rounds} rounds. "
+        f"The load average before was {machine['load_average'][0]:.1f}"
         f"{', so others were at work: trust no figure by itself' if machine['load_average'][0] > 1 else ''}. Absolute "
         "times are this machine's; ratios carry further."
     )
