@@ -35,7 +35,7 @@ from tests.serving import DEFINITIONS, PATIENCE_S, TRANSPORTS, Project, Server, 
 
 pytest_plugins = ["tests.served"]
 
-CONNECTIONS = 8
+CONNECTIONS = 16
 """So many connections all went to one of two workers in one of a hundred runs."""
 PRESENT, NOT_FOUND = b"\x01", b"\x03"
 
