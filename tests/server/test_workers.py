@@ -36,7 +36,7 @@ from tests.serving import DEFINITIONS, PATIENCE_S, TRANSPORTS, Project, Server, 
 pytest_plugins = ["tests.served"]
 
 CONNECTIONS = 16
-"""So many connections all went to one of two workers in one of a hundred runs."""
+"""With eight, all of them went to one of two workers in one of 128 runs."""
 PRESENT, NOT_FOUND = b"\x01", b"\x03"
 
 
