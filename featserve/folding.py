@@ -34,7 +34,7 @@ def fold(layout: Layout, state: State, events: Events, now_us: int) -> State:
     events = events.take(reached(layout, seen, events.owner, events.event_time_us))
     np.maximum.at(newest, events.owner, events.event_time_us)
     np.maximum.at(exact, events.owner, np.maximum(events.event_time_us, events.known_at_us))
-    firsts = _firsts(layout, seen)
+    firsts = _firsts(layout, newest)  # what was seen beyond that may go with the next load
     runs = []
     for series, first, run in zip(layout.series, firsts, state.runs, strict=True):
         numbers = periods(series.windows[0], events.event_time_us)
