@@ -35,7 +35,10 @@ class OnlineStore(Protocol):
     """Keys to rows."""
 
     def read_many(self, keys: list[bytes]) -> list[bytes | None]:
-        """Return the row of each key, None where there is none, in the order of ``keys``."""
+        """Return the row of each key, None where there is none, in the order of ``keys``.
+
+        Of a write, all rows are of before it or all of after it.
+        """
 
     def write_many(self, keys: Sequence[bytes], rows: Sequence[bytes]) -> int:
         """Write rows atomically, each where no row with a greater stamp is; return how many were.

@@ -22,7 +22,8 @@ class MemoryStore:
         self._identity, self._sequence = secrets.token_hex(4), 0
 
     def read_many(self, keys: list[bytes]) -> list[bytes | None]:
-        return list(map(self._open().get, keys))
+        with self._lock:
+            return list(map(self._open().get, keys))
 
     def write_many(self, keys: Sequence[bytes], rows: Sequence[bytes]) -> int:
         with self._lock:

@@ -310,6 +310,31 @@ def test_writers_and_a_load_at_once(store: OnlineStore, rng: np.random.Generator
     assert store.read_many(keys) == [row((int(n), 0, 0)) for n in numbers.max(axis=(0, 1))]
 
 
+def test_what_is_written_together_is_read_together(store: OnlineStore) -> None:
+    """While threads read, rows that every write replaces together are of one write in every answer."""
+    keys = [b"key %d" % i for i in range(8)]
+    done, torn, reads = threading.Event(), list[list[bytes | None]](), [0, 0]
+    store.update(keys, lambda found: dict.fromkeys(keys, b"0"))
+
+    def read(reader: int) -> None:
+        while not done.is_set():
+            rows = store.read_many(keys)
+            reads[reader] += 1
+            if len(set(rows)) > 1:
+                torn.append(rows)
+
+    readers = [threading.Thread(target=read, args=(reader,)) for reader in range(len(reads))]
+    for thread in readers:
+        thread.start()
+    for n in range(5_000):
+        store.update(keys[:1], lambda found, n=n: dict.fromkeys(keys, b"%d" % n))  # type: ignore[misc]
+    done.set()
+    for thread in readers:
+        thread.join()
+    assert torn == []
+    assert min(reads) > 0
+
+
 def test_readers_never_see_a_row_vanish_or_grow_older(store: OnlineStore) -> None:
     """While loads are committed over writes, a reader sees stamps that only ever grow."""
     keys = [b"key %d" % i for i in range(50)]
