@@ -6,7 +6,7 @@ Both are plain values over ``types.Column``; neither knows a store, a file or a 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featserve.errors import MAX_VIOLATIONS, InvalidRequest, Violation, hint, invalid
-from featserve.types import Column, Type, column, concat, value_class
+from featserve.types import Column, Type, column, value_class
 
 Int64s = npt.NDArray[np.int64]
 
@@ -55,13 +55,6 @@ class EntityKeys:
         if count == 0:
             raise invalid("keys", "the batch is empty; send at least one row")
         return cls(columns, count)
-
-    @classmethod
-    def joined(cls, parts: Sequence[EntityKeys]) -> EntityKeys:
-        """Return the keys of several requests for the same columns, one after the other."""
-        names = parts[0].columns
-        columns = {name: concat([part.columns[name] for part in parts]) for name in names}
-        return cls(columns, sum(part.count for part in parts))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,8 +8,9 @@ the server and by the client; knows neither.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from featserve.errors import FeatserveError, TooLarge, Violation, by_reason, inv
 from featserve.matrix import FeatureMatrix
 from featserve.schema import AggregateSchema, FeatureSchema, ServiceSchema, ViewSchema
 from featserve.stages import Stage
-from featserve.types import SCALARS_BY_CODE, VECTOR_CODE, Array, Column, Int64, Mask, Type, type_of_code
+from featserve.types import SCALARS_BY_CODE, VECTOR_CODE, Array, Column, Int64, Mask, Type, concat, type_of_code
 
 FULL_METHOD = "/featserve.v1.FeatureServingService/"
 
@@ -37,6 +38,46 @@ def decode_keys(columns: Iterable[pb.Column], expected: Mapping[str, Type], max_
             raise column_names("keys", [c.name for c in columns], expected)
         given[name] = decode_column(message, expected[name], f"keys.{name}", max_rows)
     return EntityKeys.of(given, expected)
+
+
+def plain_keys(
+    columns: Sequence[pb.Column], expected: Mapping[str, Type], max_rows: int
+) -> tuple[int, dict[str, bytes | Column]] | None:
+    """Return the number of rows of a request and its key columns, the bytes of numbers as they came.
+
+    For ``join_keys``. None where something is wrong that ``decode_keys`` has to name; or raises the same.
+    """
+    given: dict[str, bytes | Column] = {}
+    rows = -1
+    for message in columns:
+        name = message.name
+        type_ = expected.get(name)
+        if type_ is None or message.type != type_.code or message.length or message.validity:
+            return None
+        if type_.dtype is None:
+            given[name] = column = decode_column(message, type_, f"keys.{name}", max_rows)
+            count, rest = len(column), 0
+        else:
+            given[name] = data = message.data
+            count, rest = divmod(len(data), type_.dtype.itemsize)
+            rest += len(message.offsets)
+        if rest or rows not in (-1, count):
+            return None
+        rows = count
+    return (rows, given) if 0 < rows <= max_rows and len(given) == len(columns) == len(expected) else None
+
+
+def join_keys(parts: Sequence[Mapping[str, bytes | Column]], expected: Mapping[str, Type], rows: int) -> EntityKeys:
+    """Return the key columns of several requests, ``rows`` in all, one after the other."""
+    columns: dict[str, Column] = {}
+    for name, type_ in expected.items():
+        given: list[Any] = [part[name] for part in parts]
+        columns[name] = concat(given) if type_.dtype is None else _fixed(type_, b"".join(given))
+    return EntityKeys(columns, rows)
+
+
+def _fixed(type_: Type, data: bytes) -> Column:
+    return Column(type_, np.frombuffer(data, type_.dtype))
 
 
 def decode_request_columns(columns: Iterable[pb.Column], expected: Mapping[str, Type], rows: int) -> dict[str, Column]:
@@ -150,6 +191,25 @@ def encode_matrix(
     if include_schema:
         answer.schema.CopyFrom(encode_schema(schema))
     return answer
+
+
+def encode_parts(matrix: FeatureMatrix, counts: Sequence[int]) -> list[bytes]:
+    """Return the bytes of the answers that carry the rows of ``matrix`` one after the other, so many each."""
+    schema = matrix.schema
+    stops = list(accumulate(counts, initial=0))
+    if matrix.columns or matrix.valid is not None:
+        return [encode_matrix(matrix.part(*ends)).SerializeToString() for ends in pairwise(stops)]
+    values, status = matrix.values.tobytes(), matrix.view_status.tobytes()
+    wide, views, id_ = schema.width * schema.numpy_dtype.itemsize, len(schema.views), schema.id
+    return [
+        pb.GetFeaturesResponse(
+            schema_id=id_,
+            rows=stop - start,
+            values=values[start * wide : stop * wide],
+            status=status[start * views : stop * views],
+        ).SerializeToString()
+        for start, stop in pairwise(stops)
+    ]
 
 
 def decode_matrix(answer: pb.GetFeaturesResponse, schema: ServiceSchema) -> FeatureMatrix:

@@ -17,13 +17,12 @@ import threading
 import time
 from asyncio import CancelledError
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 from pygrpc_native import EVENT_CANCEL, NativeGrpcFront
 
@@ -53,29 +52,37 @@ RESOURCE_EXHAUSTED = 8
 Status = tuple[int, str, list[tuple[str, bytes]]]
 
 
-class Waiting(NamedTuple):
-    """A call that waits for its turn, taken on at ``taken_s`` (``time.monotonic``) with ``remaining_s`` to go."""
-
-    method: int
-    data: bytes
-    metadata: tuple[tuple[str, str | bytes], ...]
-    taken_s: float
-    remaining_s: float
-
-
 class Turn:
-    """A call whose turn has come, with what is left of its deadline, watched from here on."""
+    """A call, taken on at ``taken_s`` (``time.monotonic``) with ``remaining_s`` to go, that waits for its turn."""
 
-    __slots__ = ("call", "call_id", "caught_up", "data", "method", "watch")
+    __slots__ = (
+        "call", "call_id", "caught_up", "data", "metadata", "method", "remaining_s", "taken_s", "trace", "watch",
+    )  # fmt: skip
 
-    def __init__(self, telemetry: Telemetry, call_id: int, waiting: Waiting) -> None:
-        self.call_id = call_id
+    def __init__(
+        self,
+        telemetry: Telemetry,
+        call_id: int,
+        method: int,
+        data: bytes,
+        metadata: tuple[tuple[str, str | bytes], ...],
+        taken_s: float,
+        remaining_s: float,
+    ) -> None:
+        self.call_id, self.method, self.data, self.metadata = call_id, method, data, metadata
+        self.taken_s, self.remaining_s = taken_s, remaining_s
+        self.trace = None if telemetry.tracing is None else telemetry.tracing.begin(metadata)
+        self.call: Call | None = None
         self.caught_up: Future[None] | None = None
-        """What it has to wait for."""
-        self.method, self.data, metadata, taken_s, remaining_s = waiting
-        waited_s = time.monotonic() - taken_s
-        self.call = Call(metadata, remaining_s - waited_s)
-        self.watch = telemetry.watch(METHODS[self.method][0], self.call, waited_s)
+        """What it has to wait for, after its turn."""
+
+    def begin(self, telemetry: Telemetry) -> Call:
+        """Watch what is left of its deadline from here on, unless it was begun before."""
+        if self.call is None:
+            waited_s = time.monotonic() - self.taken_s
+            self.call = Call(self.metadata, self.remaining_s - waited_s)
+            self.watch = telemetry.watch_traced(METHODS[self.method][0], self.call, self.trace, waited_s)
+        return self.call
 
 
 class NativeServer:
@@ -92,11 +99,11 @@ class NativeServer:
         self._overloaded = _encoded(encode_error(overloaded(self._most_calls)))
         self._stopping = _encoded(encode_error(stopping()))
         self._failure: Exception | None = None
-        self._reads: dict[int, Waiting] = {}
+        self._reads: dict[int, Turn] = {}
         self._late: dict[int, Turn] = {}
         """Reads that wait for the store to catch up."""
         # Of the writes, one that is under way is no longer among those that wait.
-        self._writes: dict[int, Waiting] = {}
+        self._writes: dict[int, Turn] = {}
         self._writing = 0
         self._limited: deque[tuple[float, int]] = deque()
         """When writes end that came without a deadline, in their order; those with one pygrpc-native ends itself."""
@@ -151,11 +158,12 @@ class NativeServer:
         """Take calls and answer them until the front is closed; where that fails, end the server."""
         try:
             while self._take():
-                turns = [Turn(self._telemetry, *read) for read in islice(self._reads.items(), ANSWERED_AT_ONCE)]
-                answers = self._together(turns)
+                turns = list(islice(self._reads.values(), ANSWERED_AT_ONCE))
+                self._answer_together(turns)
                 for turn in turns:
-                    self._answer(turn, answers.get(turn.call_id))
-                    del self._reads[turn.call_id]
+                    if turn.call_id in self._reads:
+                        self._answer(turn)
+                        del self._reads[turn.call_id]
                 self._count()
         except Exception as error:  # noqa: BLE001 - the top of a background loop
             self._fail(error)
@@ -172,21 +180,23 @@ class NativeServer:
         events = self._front.recv_batch_details(TAKEN_AT_ONCE, self._patience_ms())
         if events is None:
             return False
-        now_s = time.monotonic()
+        now_s, telemetry = time.monotonic(), self._telemetry
+        room = self._most_calls - self._active() - self._behind.load.active
         for kind, call_id, method, data, _, details in events:
             if kind == EVENT_CANCEL:
-                self._drop(call_id)
+                room += self._drop(call_id)
             elif data is not None and details is not None:
-                if (status := self._refusal(data)) is not None:
+                if (status := self._refusal(data, room)) is not None:
                     self._front.fail(call_id, *status)
                     continue
+                room -= 1
                 metadata, _, remaining_s = details
                 limit_s = self._default_deadline_s if remaining_s is None else remaining_s
-                waiting = Waiting(method, data, metadata, now_s, limit_s)
+                turn = Turn(telemetry, call_id, method, data, metadata, now_s, limit_s)
                 if method < len(READS):
-                    self._reads[call_id] = waiting
+                    self._reads[call_id] = turn
                 else:
-                    self._writes[call_id] = waiting
+                    self._writes[call_id] = turn
                     self._writer.submit(self._write, call_id)
                     if remaining_s is None:
                         self._limited.append((now_s + limit_s, call_id))
@@ -201,11 +211,11 @@ class NativeServer:
             return None
         return max(math.ceil((self._limited[0][0] - time.monotonic()) * 1_000), 0)
 
-    def _refusal(self, data: bytes) -> Status | None:
-        """Return what a call is refused with before it waits."""
+    def _refusal(self, data: bytes, room: int) -> Status | None:
+        """Return what a call is refused with before it waits. ``room``: for how many more there is room."""
         if self._behind.refusing:
             return self._stopping
-        if self._active() + self._behind.load.active >= self._most_calls:
+        if room <= 0:
             self._load.shed += 1
             return self._overloaded
         return self._oversized("Received", data)
@@ -220,41 +230,56 @@ class NativeServer:
         """Run a write whose turn it is, unless it was cancelled or has expired; where that fails, end the server."""
         self._writing = 1
         try:
-            if (waiting := self._writes.pop(call_id, None)) is not None:
-                self._answer(Turn(self._telemetry, call_id, waiting))
+            if (turn := self._writes.pop(call_id, None)) is not None:
+                self._answer(turn)
         except Exception as error:  # noqa: BLE001 - the top of a background loop
             self._fail(error)
         self._writing = 0
         self._count()
 
-    def _together(self, turns: list[Turn]) -> dict[int, bytes | None]:
-        """Answer the GetFeatures calls among these with one read; without answers is who has to be answered alone."""
-        asking = [turn for turn in turns if turn.method == GET_FEATURES]
-        if len(asking) < 2:
-            return {}
-        try:
-            answers = self._service.get_features_together([(turn.data, turn.call) for turn in asking])
-        except Exception:  # noqa: BLE001 - the top of a request
-            return {}  # alone, each says what is wrong with it
-        return {turn.call_id: answer for turn, answer in zip(asking, answers, strict=True)}
+    def _answer_together(self, turns: Sequence[Turn]) -> None:
+        """Answer the calls among these that can share a read; the others stay among the reads."""
+        now_s, meter = time.monotonic(), self._telemetry.meter
+        if meter is not None and time.perf_counter_ns() >= meter.ages_due_ns:
+            return
+        asking = [
+            turn
+            for turn in turns
+            if turn.method == GET_FEATURES and turn.trace is None and now_s - turn.taken_s < turn.remaining_s
+        ]
+        for share in self._service.shares([turn.data for turn in asking]):
+            try:
+                matrix, answers = self._service.get_features_together(share)
+            except Exception:  # noqa: BLE001 - the top of a request: alone, each says what is wrong with it
+                continue
+            answered = [asking[number] for number in share.numbers]
+            for turn, answer in zip(answered, answers, strict=True):
+                self._respond(turn.call_id, answer)
+                del self._reads[turn.call_id]
+            if meter is not None:
+                now_s = time.monotonic()
+                meter.add_together(
+                    "GetFeatures", share.plan, matrix, [int((now_s - turn.taken_s) * 1e9) for turn in answered]
+                )
 
-    def _answer(self, turn: Turn, answer: bytes | None = None) -> None:
-        """Answer a call; ``answer``: where that was made already."""
-        call_id = turn.call_id
+    def _answer(self, turn: Turn) -> None:
+        """Answer a call by itself."""
+        call = turn.begin(self._telemetry)
         try:
             with turn.watch:
                 if turn.caught_up is not None:
                     turn.caught_up.result()
-                if answer is None:
-                    answer = METHODS[turn.method][1](self._service, turn.data, turn.call)
+                answer = METHODS[turn.method][1](self._service, turn.data, call)
         except Behind as behind:
             turn.caught_up = behind.caught_up
-            self._late[call_id] = turn
-            turn.caught_up.add_done_callback(partial(self._answer_late, call_id))
-            return
+            self._late[turn.call_id] = turn
+            turn.caught_up.add_done_callback(partial(self._answer_late, turn.call_id))
         except Exception as error:  # noqa: BLE001 - the top of a request
-            self._front.fail(call_id, *_encoded(failed(error)))
-            return
+            self._front.fail(turn.call_id, *_encoded(failed(error)))
+        else:
+            self._respond(turn.call_id, answer)
+
+    def _respond(self, call_id: int, answer: bytes) -> None:
         if (status := self._oversized("Sent", answer)) is not None:
             self._front.fail(call_id, *status)
         else:
@@ -276,12 +301,10 @@ class NativeServer:
 
     def _drop(self, call_id: int) -> bool:
         """Take a call that has ended before its turn out of its queue; say whether it was still there."""
-        turn = self._late.pop(call_id, None)
+        turn = self._late.pop(call_id, None) or self._reads.pop(call_id, None) or self._writes.pop(call_id, None)
         if turn is None:
-            waiting = self._reads.pop(call_id, None) or self._writes.pop(call_id, None)
-            if waiting is None:
-                return False
-            turn = Turn(self._telemetry, call_id, waiting)
+            return False
+        turn.begin(self._telemetry)
         if turn.caught_up is not None:
             turn.caught_up.cancel()
         with suppress(CancelledError), turn.watch:

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from featserve._proto import serving_pb2 as pb
-from featserve.batch import EntityKeys, Pushed, Written
+from featserve.batch import Pushed, Written
 from featserve.engine import NOTHING, Engine
 from featserve.errors import DeadlineExceeded, FeatserveError, invalid
 from featserve.matrix import FeatureMatrix
 from featserve.plan import ReadPlan
 from featserve.server.status import encode_error
+from featserve.server.together import Share, shared
 from featserve.stages import Stages
 from featserve.wire import (
     decode_keys,
@@ -36,10 +36,6 @@ from featserve.wire import (
 WAITED = 0.9
 """The part of its deadline that a request waits for a write; the rest is for saying that it did not come."""
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["FeatureServingService"].full_name
-
-
-TOGETHER_BYTES = 512
-"""The largest request that is answered together with others: a hundred rows gain nothing, and hold the others up."""
 
 
 class Record:
@@ -95,38 +91,14 @@ class Service:
         begin(call)
         return self._features(parse(pb.GetFeaturesRequest, data), call).SerializeToString()
 
-    def get_features_together(self, calls: Sequence[tuple[bytes, Call]]) -> list[bytes | None]:
-        """Answer GetFeaturesRequests that have come at the same time, those for one service with one read.
+    def shares(self, requests: Sequence[bytes]) -> list[Share]:
+        """Return the GetFeaturesRequests among these that can be answered together; none of them has expired."""
+        return shared(self.engine.plans, requests, self._limits.max_rows)
 
-        None for each that ``get_features`` has to answer: what asks for more than values, or is wrong in some way. An
-        error of a read is raised, as nobody's in particular.
-        """
-        answers: list[bytes | None] = [None] * len(calls)
-        shares: dict[str, tuple[ReadPlan, list[tuple[int, EntityKeys]]]] = {}
-        for i, (data, call) in enumerate(calls):
-            if len(data) > TOGETHER_BYTES:
-                continue
-            with suppress(FeatserveError):
-                begin(call)
-                request = parse(pb.GetFeaturesRequest, data)
-                plan = self.engine.plans.service(request.service)
-                if _plain(request, call) and not plan.steps:
-                    keys = decode_keys(request.keys, plan.schema.keys, self._limits.max_rows)
-                    shares.setdefault(plan.schema.hash, (plan, []))[1].append((i, keys))
-        now_us = self._clock_us()
-        for plan, share in shares.values():
-            keys = EntityKeys.joined([keys for _, keys in share]) if len(share) > 1 else share[0][1]
-            matrix = self.engine.read(plan, keys, now_us)
-            start = 0
-            for i, keys in share:
-                stop = start + keys.count
-                part = matrix.part(start, stop)
-                record = calls[i][1].record
-                if record is not None:
-                    record.plan, record.matrix, record.now_us = plan, part, now_us
-                answers[i] = encode_matrix(part).SerializeToString()
-                start = stop
-        return answers
+    def get_features_together(self, share: Share) -> tuple[FeatureMatrix, list[bytes]]:
+        """Answer requests for one service with one read; an error of it is nobody's in particular."""
+        matrix = share.read(self.engine, self._clock_us())
+        return matrix, share.encode(matrix)
 
     def stream_features(self, data: bytes, call: Call) -> bytes:
         """Answer one message of a StreamFeatures call; an error is an answer, too."""
@@ -290,19 +262,6 @@ class WriteStream:
         """Return the answer."""
         answer: bytes = self._totals.SerializeToString()
         return answer
-
-
-def _plain(request: pb.GetFeaturesRequest, call: Call) -> bool:
-    """Say whether a request asks for values as of now and nothing else, and nobody wants to know more of it."""
-    record = call.record
-    return (record is None or (record.stages is None and not record.ages)) and not (
-        request.include_schema
-        or request.include_event_times
-        or request.include_stages
-        or request.at_least
-        or request.request_columns
-        or request.HasField("as_of_us")
-    )
 
 
 def begin(call: Call) -> None:

@@ -76,12 +76,20 @@ class Telemetry:
         """Return what a transport is to count its calls in."""
         return Load() if self.meter is None else self.meter.load()
 
-    def watch(self, method: str, call: Call, waited_s: float = 0.0) -> AbstractContextManager[object]:
-        """Return the context that a request is answered in, to be traced and counted.
+    def watch(self, method: str, call: Call) -> AbstractContextManager[object]:
+        """Return the context that a request is answered in, to be traced and counted. ``method``: its name.
 
-        ``method``: its name. ``waited_s``: how long it has already waited for its turn. Safe from several threads.
+        Safe from several threads.
         """
-        trace = None if self.tracing is None else self.tracing.begin(call.metadata)
+        return self.watch_traced(method, call, None if self.tracing is None else self.tracing.begin(call.metadata))
+
+    def watch_traced(
+        self, method: str, call: Call, trace: Trace | None, waited_s: float = 0.0
+    ) -> AbstractContextManager[object]:
+        """Return the context of a request of which it is decided whether it is traced; see ``watch``.
+
+        ``waited_s``: how long it has already waited for its turn.
+        """
         if trace is None and self.meter is None:
             return UNWATCHED
         begun_ns = perf_counter_ns() - int(waited_s * 1e9)

@@ -340,6 +340,26 @@ def test_tallies_are_what_the_statuses_of_every_value_say(plans: dict[str, ReadP
         assert np.array([tally.not_found, tally.expired, tally.nulls]).T.tolist() == expected.tolist()
 
 
+def test_requests_that_share_a_read_are_counted_as_if_alone(
+    plans: dict[str, ReadPlan], rng: np.random.Generator
+) -> None:
+    """Requests counted by the one answer that they share count as much as one by one, each with its own duration."""
+    plan, shared, alone = plans["ranking"], Meter(), Meter()
+    for _ in range(20):
+        matrix = random_matrix(plan, rng, plain=False)
+        times_ns = rng.integers(1, 10**9, len(matrix)).tolist()
+        shared.add_together("GetFeatures", plan, matrix, times_ns)
+        for row, time_ns in enumerate(times_ns):
+            record = Record()
+            record.plan, record.matrix = plan, matrix.part(row, row + 1)
+            alone.add("GetFeatures", "OK", 5, 5 + time_ns, record)
+    key = ("GetFeatures", plan.schema.hash, "OK")
+    assert shared.durations.keys() == alone.durations.keys() == {key}
+    assert shared.durations[key].counts == alone.durations[key].counts
+    one, many = (meter.tallies[plan.schema.hash] for meter in (alone, shared))
+    assert (one.rows, one.not_found, one.expired, one.nulls) == (many.rows, many.not_found, many.expired, many.nulls)
+
+
 def test_ages_are_those_of_the_rows_that_were_served(plans: dict[str, ReadPlan], rng: np.random.Generator) -> None:
     """The ages that are counted are now minus the event time, of rows that are present, and of no others."""
     plan, meter, now = plans["ranking"], Meter(ages_every_ns=0), 10**12

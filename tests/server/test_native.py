@@ -12,7 +12,7 @@ from featserve._proto.serving_pb2_grpc import FeatureServingServiceStub
 from featserve.config import load_config
 from featserve.errors import ServingError
 from featserve.server.app import run
-from featserve.server.native import NativeServer, Turn
+from featserve.server.native import NativeServer
 from tests.server.messages import numbers, wide
 from tests.serving import PATIENCE_S, TRANSPORTS, Project
 
@@ -22,7 +22,7 @@ def test_a_failure_of_a_thread_ends_the_server(tmp_path: Path, monkeypatch: pyte
     """Where answering fails outside of any call, those who wait are told, and the server ends with an error."""
     codes: list[grpc.StatusCode] = []
 
-    def fail(server: NativeServer, turn: Turn, answer: bytes | None = None) -> None:
+    def fail(server: NativeServer, call_id: int, answer: bytes) -> None:
         raise RuntimeError("no more")
 
     def ask(address: str) -> None:
@@ -36,7 +36,7 @@ def test_a_failure_of_a_thread_ends_the_server(tmp_path: Path, monkeypatch: pyte
         asking[0].start()
 
     asking: list[threading.Thread] = []
-    monkeypatch.setattr(NativeServer, "_answer", fail)
+    monkeypatch.setattr(NativeServer, "_respond", fail)
     config = load_config(Project.make(tmp_path / "project", **TRANSPORTS["native"]).folder)
     with pytest.raises(ServingError, match="a thread that answers has failed: no more"):
         run(config, ready)

@@ -13,8 +13,8 @@ import pytest
 import featserve
 from featserve._proto import serving_pb2 as pb
 from featserve.errors import CorruptRow, DeadlineExceeded, FeatserveError
-from featserve.server.service import READS, TOGETHER_BYTES, WRITES, Call, Limits, Record, Service
-from featserve.stages import Stages
+from featserve.server.service import READS, WRITES, Call, Limits, Service
+from featserve.server.together import TOGETHER_BYTES
 from tests.server.messages import activity, now_us, numbers, packed, ranking, read_error, texts, weather, wide
 from tests.serving import DAMAGED, Project, Server
 
@@ -39,7 +39,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 def some(rng: np.random.Generator) -> pb.GetFeaturesRequest:
     """Return a request for values of one to five users: there, expired or not there."""
-    users = rng.integers(0, 30, size=rng.integers(1, 6)).tolist()
+    users = rng.integers(0, 30, size=TOGETHER_BYTES // 8 if rng.random() < 0.1 else rng.integers(1, 6)).tolist()
     request = wide(*users) if rng.random() < 0.5 else ranking(*users)
     if request.service == "ranking" and rng.random() < 0.5:
         request.service = "compact"
@@ -55,11 +55,14 @@ def special(rng: np.random.Generator) -> pb.GetFeaturesRequest:
         wide(1, as_of_us=PAST_US),
         wide(1, at_least="nothing"),
         wide(),
-        wide(*range(TOGETHER_BYTES // 8)),
+        wide(*range(10_001)),
         pb.GetFeaturesRequest(service="nope"),
+        pb.GetFeaturesRequest(service="wide"),
         pb.GetFeaturesRequest(service="wide", keys=[texts("user_id", "x")]),
+        pb.GetFeaturesRequest(service="wide", keys=[*wide(1).keys, *wide(1).keys]),
+        pb.GetFeaturesRequest(service="wide", keys=[pb.Column(name="user_id", type=3, data=bytes(7))]),  # type: ignore[arg-type]
         pb.GetFeaturesRequest(service="wide", request_columns=[packed("x", "f", 1.0)], keys=wide(1).keys),
-    ][rng.integers(10)]
+    ][rng.integers(13)]
 
 
 def alone(service: Service, request: pb.GetFeaturesRequest) -> bytes | FeatserveError:
@@ -70,7 +73,13 @@ def alone(service: Service, request: pb.GetFeaturesRequest) -> bytes | Featserve
 
 
 def together(service: Service, *requests: pb.GetFeaturesRequest) -> list[bytes | None]:
-    return service.get_features_together([(request.SerializeToString(), Call()) for request in requests])
+    """Return the answers, None for each request that no share has taken."""
+    answers: list[bytes | None] = [None] * len(requests)
+    for share in service.shares([request.SerializeToString() for request in requests]):
+        for number, answer in zip(share.numbers, service.get_features_together(share)[1], strict=True):
+            assert answers[number] is None
+            answers[number] = answer
+    return answers
 
 
 def test_who_is_answered_with_others_gets_the_same_bytes(service: Service, rng: np.random.Generator) -> None:
@@ -113,15 +122,6 @@ def test_expired_work_is_dropped_unread(
             (READS | WRITES)[method](service, message, Call((), 0))
     with pytest.raises(DeadlineExceeded, match="nothing was done"):
         service.stream_rows().add(rng.bytes(40), Call((), -1.0))
-
-
-def test_expired_and_watched_calls_are_left(service: Service) -> None:
-    """A call whose deadline has passed, and one whose stages are noted, are left to be answered alone."""
-    record = Record()
-    record.stages = Stages()
-    data = wide(1).SerializeToString()
-    answers = service.get_features_together([(data, Call((), 0)), (data, Call((), 1, record)), (data, Call((), 1))])
-    assert [answer is None for answer in answers] == [True, True, False]
 
 
 def test_calls_at_once_are_each_answered_as_if_alone(server: Server, rng: np.random.Generator) -> None:
