@@ -58,7 +58,7 @@ protos-accept: .venv/.dev  ## The same, and let a breaking change pass (only for
 bench: .venv/.dev  ## Measure, and print what was measured
 	@$(BIN)/python -m bench $(ARGS)
 
-bench-peers: .venv/.dev  ## Measure featserve beside Feast and Redis, for half an hour (ARGS=--brief: some minutes)
+bench-peers: .venv/.dev  ## Measure featserve beside Feast and Redis, for a quarter of an hour (ARGS=--brief: some minutes)
 	@$(BIN)/python -m bench.peers $(ARGS)
 
 counts: .venv/.dev  ## Count the instructions and allocations of a request; fails where they are more than they were

@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import cycle
 
 import numpy as np
 
@@ -102,22 +102,14 @@ def run(
     return Measured(len(latencies_us), elapsed_s, float(p50_us), float(p99_us))
 
 
-class Connection(Protocol):
-    """One connection: sends a request, and another for each that is answered."""
-
-    socket: socket.socket
-    latencies_s: list[float]
-
-    def ask(self) -> None:
-        """Send a request."""
-        ...
-
-    def receive(self) -> int:
-        """Take what has come, send a request for each answer that is whole, and return how many are."""
-        ...
+def warm(address: str, entities: int, at_once: int = 1_000) -> None:
+    """Read each of so many entities once, so that all of their rows are in the server's cache."""
+    parts = range(0, entities, at_once)
+    messages = (framed(request(np.arange(first, first + at_once))) for first in cycle(parts))
+    drive([Http2Connection(address, messages)], lambda answered, _: answered >= len(parts))
 
 
-def drive(opened: Sequence[Connection], ended: Callable[[int, float], bool]) -> float:
+def drive(opened: Sequence[Http2Connection], ended: Callable[[int, float], bool]) -> float:
     """Keep all connections busy until ``ended(answered, seconds)``; close them, and return the seconds."""
     with selectors.DefaultSelector() as waiting:
         for connection in opened:
@@ -139,14 +131,7 @@ def drive(opened: Sequence[Connection], ended: Callable[[int, float], bool]) -> 
 class Http2Connection:
     """A connection that speaks gRPC. ``messages``: framed. ``length_varies``: answers need not be of one length."""
 
-    def __init__(
-        self,
-        address: str,
-        messages: Iterator[bytes],
-        method: str = f"{FULL_METHOD}GetFeatures",
-        *,
-        length_varies: bool = False,
-    ) -> None:
+    def __init__(self, address: str, messages: Iterator[bytes], *, length_varies: bool = False) -> None:
         host, port = address.rsplit(":", 1)
         self.socket = socket.create_connection((host, int(port)))
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -155,25 +140,23 @@ class Http2Connection:
         self.latencies_s: list[float] = []
         self._messages = messages
         self._length_varies = length_varies
-        self._headers, self._next_headers = _header_blocks(address, method)
+        self._headers, self._next_headers = _header_blocks(address)
         self._stream = -1
         self._asked_s = 0.0
         self._received = self._expected = self._since_window = 0
         self._rest = b""
 
     def ask(self) -> None:
+        """Send a request, on the next stream."""
         self._received = 0
         self._asked_s = time.perf_counter()
-        self._send(next(self._messages))
-
-    def _send(self, body: bytes) -> None:
-        """Send a request, on the next stream."""
         self._stream += 2
         headers = _frame(HEADERS, END_HEADERS, self._stream, self._headers)
-        self.socket.sendall(headers + _frame(DATA, END_STREAM, self._stream, body))
+        self.socket.sendall(headers + _frame(DATA, END_STREAM, self._stream, next(self._messages)))
         self._headers = self._next_headers
 
     def receive(self) -> int:
+        """Take what has come, send a request for each answer that is whole, and return how many are."""
         data = self.socket.recv(FRAME_BYTES)
         if not data:
             raise RuntimeError("the server closed the connection")
@@ -183,13 +166,12 @@ class Http2Connection:
             stop = at + 9 + int.from_bytes(data[at : at + 3], "big")
             if stop > len(data):
                 break
-            stream = int.from_bytes(data[at + 5 : at + 9], "big")
-            answered += self._take(data[at + 3], data[at + 4], stream, data[at + 9 : stop])
+            answered += self._take(data[at + 3], data[at + 4], data[at + 9 : stop])
             at = stop
         self._rest = data[at:]
         return answered
 
-    def _take(self, kind: int, flags: int, stream: int, payload: bytes) -> bool:
+    def _take(self, kind: int, flags: int, payload: bytes) -> bool:
         """Take a frame; say whether it is the end of a request that was answered."""
         self._keep_up(kind, flags, payload)
         if kind not in (DATA, HEADERS) or not flags & END_STREAM:
@@ -223,13 +205,13 @@ def _window(size: int) -> bytes:
     return _frame(WINDOW_UPDATE, 0, 0, size.to_bytes(4, "big"))
 
 
-def _header_blocks(address: str, method: str) -> tuple[bytes, bytes]:
+def _header_blocks(address: str) -> tuple[bytes, bytes]:
     """Return the headers of a connection's first request, which the server remembers, and those of the others, which
     refer to them in the same order (RFC 7541: 0x40 adds a header to the table, whose newest is number 62).
     """
     headers = [
         (":authority", address),
-        (":path", method),
+        (":path", f"{FULL_METHOD}GetFeatures"),
         ("content-type", "application/grpc"),
         ("te", "trailers"),
         ("grpc-timeout", "5S"),  # as our own client, and every careful one, sends

@@ -6,22 +6,18 @@ each: a generator in Python would take longer than the servers do. It repeats on
 
 from __future__ import annotations
 
-import re
 import shutil
 import statistics
-import subprocess
 from contextlib import ExitStack
 from pathlib import Path
 
-from bench import load, servers
+from bench import h2load, load, servers
 from bench.project import ENTITIES
 from bench.report import Figure, number
 from bench.server import KEYS, check_same
-from featserve.wire import FULL_METHOD
 
 TO_BARE, TO_GRPCIO = 0.8, {1: 5.0, 10: None, 100: 3.0}
-CONNECTIONS = 8
-ROUNDS, SECONDS = 7, 2
+ROUNDS = 7
 OURS, BARE, GRPCIO = "featserve, native", "bare native", "featserve, grpcio"
 
 
@@ -30,43 +26,25 @@ def measure(folder: Path) -> list[Figure]:
     second = folder / "second"
     if not second.is_dir():  # a store has one server
         shutil.copytree(folder, second, ignore=shutil.ignore_patterns("*.parquet", second.name))
-    body, figures = folder / "body", []
+    figures = []
     with ExitStack() as stack:
         ours = stack.enter_context(servers.ours(folder, "native"))
         bare = stack.enter_context(servers.bare(folder, "native"))
         grpcio = stack.enter_context(servers.ours(second, "grpcio"))
         check_same(ours, bare)
         for keys in KEYS:
-            body.write_bytes(next(load.bodies(keys, ENTITIES, 1)))
+            body = next(load.bodies(keys, ENTITIES, 1))
             rates: dict[str, list[float]] = {OURS: [], BARE: [], GRPCIO: []}
             cpu_us: dict[str, list[float]] = {name: [] for name in rates}
             for turn in range(-1, ROUNDS):
                 for name, server in zip(rates, (ours, bare, grpcio), strict=True):
                     before_s = server.cpu_s()
-                    requests, rate = loaded(server.address, body)
+                    loaded = h2load.run(server.address, body)
                     if turn >= 0:
-                        rates[name].append(rate)
-                        cpu_us[name].append((server.cpu_s() - before_s) / requests * 1e6)
+                        rates[name].append(loaded.rate)
+                        cpu_us[name].append((server.cpu_s() - before_s) / loaded.ended * 1e6)
             figures += told(keys, rates, cpu_us)
     return figures
-
-
-def loaded(address: str, body: Path, connections: int = CONNECTIONS) -> tuple[int, float]:
-    """Load a server with a request for a while; return the requests answered, and those per second."""
-    command = [
-        *("h2load", "--threads=1", f"--clients={connections}", "--max-concurrent-streams=1"),
-        *(f"--duration={SECONDS}", "--header=content-type: application/grpc", "--header=te: trailers"),
-        *(f"--data={body}", f"http://{address}{FULL_METHOD}GetFeatures"),
-    ]
-    try:
-        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    except FileNotFoundError:
-        raise RuntimeError("there is no h2load: tests/setup.sh installs it") from None
-    rate = re.search(r"finished in [^,]*, ([\d.]+) req/s", out)
-    answered = re.search(r"requests: .* (\d+) succeeded, 0 failed", out)
-    if rate is None or answered is None:
-        raise RuntimeError(f"h2load did not load {address}:\n{out}")
-    return int(answered[1]), float(rate[1])
 
 
 def told(keys: int, rates: dict[str, list[float]], cpu_us: dict[str, list[float]]) -> list[Figure]:

@@ -36,8 +36,8 @@ def measure(folder: Path) -> list[Figure]:
     figures = []
     with servers.ours(folder) as ours, servers.bare(folder) as bare:
         check_same(ours, bare)
-        for server in (ours, bare):  # every block into the cache, so that no round reads the disk
-            load.run(server.address, 1_000, entities=ENTITIES, requests=3_000)
+        for server in (ours, bare):
+            load.warm(server.address, ENTITIES)
         for entities, kind in ((ENTITIES, ""), (HOT, f", {HOT:,} hot entities")):
             for keys in KEYS:
                 figures += compare(ours, bare, keys, entities, f"{keys} {'key' if keys == 1 else 'keys'}{kind}")

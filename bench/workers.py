@@ -13,8 +13,7 @@ import statistics
 from contextlib import ExitStack
 from pathlib import Path
 
-from bench import load, servers
-from bench.native import loaded
+from bench import h2load, load, servers
 from bench.project import ENTITIES
 from bench.report import Figure, number
 
@@ -30,29 +29,29 @@ def measure(folder: Path) -> list[Figure]:
     second = folder / "second"
     if not second.is_dir():  # a store has one server
         shutil.copytree(folder, second, ignore=shutil.ignore_patterns("*.parquet", second.name))
-    body, figures = folder / "body", []
+    figures = []
     for transport in ("native", "grpcio"):
         with ExitStack() as stack:
             one = stack.enter_context(servers.ours(folder, transport))
             two = stack.enter_context(servers.ours(second, transport, workers=2))
             for keys in KEYS:
-                body.write_bytes(next(load.bodies(keys, ENTITIES, 1)))
+                body = next(load.bodies(keys, ENTITIES, 1))
                 figures += told(f"{transport}, {keys} {'key' if keys == 1 else 'keys'}", in_turns(one, two, body))
     return figures
 
 
-def in_turns(one: servers.Server, two: servers.Server, body: Path) -> dict[str, list[tuple[float, float, float]]]:
+def in_turns(one: servers.Server, two: servers.Server, body: bytes) -> dict[str, list[tuple[float, float, float]]]:
     """Return for each round the requests/s, and the microseconds of processor of the server and of the generator."""
     rounds: dict[str, list[tuple[float, float, float]]] = {ONE: [], TWO: []}
     for turn in range(-1, ROUNDS):
         for name, server in ((ONE, one), (TWO, two)):
             served_s, generated_s = server.cpu_s(), generator_s()
-            requests, rate = loaded(server.address, body, CONNECTIONS)
+            loaded = h2load.run(server.address, body, connections=CONNECTIONS)
             server_us, generator_us = (
-                seconds / requests * 1e6 for seconds in (server.cpu_s() - served_s, generator_s() - generated_s)
+                seconds / loaded.ended * 1e6 for seconds in (server.cpu_s() - served_s, generator_s() - generated_s)
             )
             if turn >= 0:
-                rounds[name].append((rate, server_us, generator_us))
+                rounds[name].append((loaded.rate, server_us, generator_us))
     return rounds
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import counts, flood, load, project, servers
+from bench import counts, h2load, load, overload, project, servers
 from bench.peers import page, rows, targets
 from bench.peers.rounds import KEYS, Cell, Cells, Length
 from bench.peers.systems import Client
@@ -37,23 +37,38 @@ def address(folder: Path, request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def test_load_is_answered(address: str) -> None:
-    """Every connection of the closed loop gets answers, one after the other, as do those of the open one."""
+    """Every connection of the closed loop gets answers, one after the other, as do those of h2load's loops."""
+    load.warm(address, ENTITIES, at_once=500)
     measured = load.run(address, 10, entities=ENTITIES, requests=200, connections=3)
     assert measured.requests >= 200
     assert 0 < measured.p50_us <= measured.p99_us
-    flooded = flood.run(address, 10, 100.0, 2.0, entities=ENTITIES, connections=3, seed=1)
-    assert flooded.arrived == pytest.approx(200, abs=80)
-    assert flooded.answers.count == flooded.lag.count == flooded.arrived
+    body = next(load.bodies(10, ENTITIES, 1))
+    answer_bytes = overload.bytes_of_answer(address, body)
+    for rate in (None, 100.0):
+        loaded = h2load.run(address, body, seconds=0.5, warm_up_s=0.5, connections=3, rate=rate)
+        assert 0 < len(loaded.taken_us) < loaded.ended <= loaded.started
+        assert loaded.answered(answer_bytes) == pytest.approx(loaded.ended, abs=3)
+    assert loaded.started == pytest.approx(100, abs=20)
 
 
 @pytest.mark.parametrize("address", ["max_concurrent = 1\n"], indirect=True)
 def test_refusals_are_told_from_answers(address: str) -> None:
-    """A server that may have one call under way refuses some of many; each is counted, once."""
-    flooded = flood.run(address, 300, 500.0, 1.0, entities=ENTITIES, connections=8, seed=1)
-    assert flooded.arrived == pytest.approx(500, abs=120)
-    assert flooded.refusals.count > 0
-    assert flooded.answers.count > 0
-    assert flooded.unanswered == 0
+    """A server that may have one call under way refuses some of many; what h2load took for answers is told apart."""
+    body = next(load.bodies(300, ENTITIES, 1))
+    loaded = h2load.run(address, body, seconds=1.0, rate=1_000.0)
+    assert loaded.started == pytest.approx(1_000, abs=150)
+    assert 0 < loaded.answered(overload.bytes_of_answer(address, body)) < loaded.ended
+    with pytest.raises(h2load.NotLoaded, match="did not load"):
+        h2load.run("127.0.0.1:1", body, seconds=0.1)
+
+
+def test_a_tail_is_bounded_without_knowing_whose_it_is() -> None:
+    """The p99 of any part of some latencies is at most what is told, and that is the p99 of the slowest ones."""
+    taken = np.random.default_rng(1).permutation(10_000)
+    for of in (99, 1_000, 10_000):
+        bound = h2load.p99_at_most(taken, of)
+        assert np.percentile(np.sort(taken)[-of:], 99, method="inverted_cdf") == bound
+        assert np.percentile(taken[:of], 99, method="inverted_cdf") <= bound
 
 
 def test_a_client_takes_orders(folder: Path, address: str) -> None:

@@ -24,9 +24,9 @@ from bench.peers.environments import NotThere
 from bench.peers.rounds import Cells, Length
 from bench.peers.systems import System
 
-FULL = Length(rounds=10, calls=1_000, seconds=0.5, patience_s=24.0)
-"""Ten rounds of 1,000 calls: a p99 has its 10,000, also of what answers 42 times a second."""
-BRIEF = Length(rounds=5, calls=200, seconds=0.3, patience_s=2.0)
+ROUNDS, CALLS = 8, 10_000
+"""All rounds together have the calls that it takes to tell a p99, but for the slowest systems."""
+BRIEF = Length(rounds=2, calls=200, seconds=0.3, patience_s=1.5)
 FEAST_ENTITIES = 5_000
 """It writes a few hundred to a few thousand a second, and how many there are changes nothing for Redis."""
 RESULTS = report.RESULTS.with_name("peers.json")
@@ -39,8 +39,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__)
     parser.add_argument("--brief", action="store_true", help="fewer calls; the page goes to bench/results")
     parser.add_argument("--folder", type=Path, help="keep the generated project here, and use it again")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of which each then has more calls; default: 8")
     options = parser.parse_args()
-    length = BRIEF if options.brief else FULL
+    length = BRIEF if options.brief else Length(options.rounds, -(-CALLS // options.rounds), 0.7, 3.5)
     with tempfile.TemporaryDirectory(prefix="featserve-peers-") as temporary, ExitStack() as stack:
         machine = report.machine()
         folder = options.folder or Path(temporary) / "project"

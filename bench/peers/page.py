@@ -14,14 +14,19 @@ from bench.report import ROOT, Figure, number
 
 PLOT = "benchmarks.svg"
 METHOD = """\
-Every system holds the same rows, 50 features of an entity, and is asked by a client on the same machine for entities
-drawn evenly at random. Systems take turns in short rounds, so that what else the machine does meets all alike.
+Every system holds the same rows, 50 features of an entity, and is asked by a client on the same machine. Systems take
+turns in short rounds, so that what else the machine does meets all alike. Redis has all rows in memory from the start;
+featserve and the bare handler are asked for every entity once before the first round, so that the rows are in their
+caches, of the size that they have by default.
 
 Latency is that of one call after the other from Python, through the system's own client, until the caller has the
-values; for Feast that is its parsed message. Throughput is that of eight connections, each with one request under way.
-There a small program sends requests that were encoded before to every server that speaks gRPC or HTTP, as a client in
-Python would be slower than what it measures. Redis is asked by eight threads of redis-py, so its figure includes its
-client. It is redis-py as `pip install redis` brings it, and with hiredis, its parser in C, where that is said.
+values; for Feast that is its parsed message. Entities are drawn evenly at random for each call.
+
+Throughput is that of eight connections, each with one request under way. Every server that speaks gRPC or HTTP is
+loaded by h2load, as a client in Python would be slower than what it measures. It repeats one request, drawn anew for
+each round, so there all systems are asked for few rows. Redis is asked by eight threads of redis-py, each time for
+other rows, so its figure includes its client. It is redis-py as `pip install redis` brings it, and with hiredis, its
+parser in C, where that is said.
 
 Feast runs as `feast listen` and `feast serve` start it, one process each, over Redis, and holds {feast_entities:,}
 entities, as its API writes at most a few thousand rows a second; the others hold {entities:,}. Features are float32 in
@@ -31,8 +36,8 @@ and checks nothing."""
 
 AGAIN = """\
 It installs each peer in an environment of its own in `.peers/`, of the versions that `bench/peers/requirements/` pins,
-and writes this page and `bench/results/peers.json`. With `ARGS=--brief` it takes a few minutes, tells fewer quantiles,
-and leaves this page alone."""
+and writes this page and `bench/results/peers.json`, in a quarter of an hour. With `ARGS=--brief` it takes a few
+minutes, tells fewer quantiles, and leaves this page alone."""
 
 
 def write(folder: Path, cells: Cells, targets: list[Figure], told: dict[str, Any], length: Length) -> Path:
@@ -76,7 +81,7 @@ def _lines(cells: Cells, targets: list[Figure], told: dict[str, Any], length: Le
         bound = f"{'at most' if f.at_most else 'at least'} {number(f.target)}"
         yield f"| {f.name} | {number(f.value)} | {bound} | {f.verdict} | {f.note.replace(' us', ' µs')} |"
     yield from ("", "Ratios are medians over the rounds; those of a p99 are of all calls.", "", "## Again", "")
-    yield from ("```", "apt-get install redis-server", "make bench-peers", "```", "")
+    yield from ("```", "apt-get install redis-server nghttp2-client", "make bench-peers", "```", "")
     yield from _filled(AGAIN)
 
 

@@ -11,20 +11,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench import load
 from bench.peers.environments import NotThere
-from bench.peers.systems import System
+from bench.peers.systems import AT_ONCE, System
 from featserve.load_test.histogram import QUANTILES, Histogram
 
 KEYS = (1, 10, 100)
-CONNECTIONS = (1, 8)
+CONNECTIONS = (1, AT_ONCE)
 """One, whose calls tell the latency that a Python client sees; eight, which tell the throughput."""
 
 
 @dataclass(frozen=True, slots=True)
 class Length:
-    """How long one turn of one system is: until there are ``calls`` and ``seconds`` are over, but not beyond
-    ``patience_s``; and how many rounds there are."""
+    """How many rounds there are, and how long one turn of one system is: until there are ``calls`` and ``seconds`` are
+    over, but not beyond ``patience_s``. h2load takes ``seconds``, or where the system is slow ``patience_s``.
+    """
 
     rounds: int
     calls: int
@@ -113,16 +113,9 @@ def _told(number: int, rounds: int, started: float) -> str:
 
 def _turn(system: System, keys: int, connections: int, length: Length, seed: int) -> tuple[list[int], float]:
     """Ask one system; return the nanoseconds of each call, and the seconds of all."""
-    if connections > 1 and system.connect is not None:
-        opened = [system.connect(keys, seed * 100 + i) for i in range(connections)]
-        seconds = load.drive(
-            opened,
-            lambda answered, elapsed_s: (
-                answered > 0
-                and (elapsed_s >= length.patience_s or (elapsed_s >= length.seconds and answered >= length.calls))
-            ),
-        )
-        return [int(each * 1e9) for connection in opened for each in connection.latencies_s], seconds
+    if connections > 1 and system.load is not None:
+        loaded = system.load(keys, seed, length.patience_s if system.slow else length.seconds)
+        return (loaded.taken_us * 1_000).tolist(), loaded.seconds
     order = {"measure": keys, "connections": connections, "entities": system.entities, "seed": seed}
     wanted = {"calls": length.calls, "seconds": length.seconds, "patience_s": length.patience_s}
     found = system.client.tell(order | wanted)

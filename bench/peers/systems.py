@@ -1,7 +1,7 @@
 """What is measured side by side: how each is started, and how it is asked.
 
-A ``System`` has a client, a process in its own environment that takes one order after the other, and ``connect``: a
-connection for load that costs next to nothing; without it, the client itself makes the load from threads.
+A ``System`` has a client, a process in its own environment that takes one order after the other, and ``load``: how
+h2load loads it, which costs next to nothing; without it, the client itself makes the load from threads.
 """
 
 from __future__ import annotations
@@ -18,24 +18,23 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from bench import load, servers
-from bench.load import Connection, Http2Connection
+from bench import h2load, load, servers
+from bench.h2load import Loaded
 from bench.peers.environments import NotThere
-from bench.peers.http1 import Http1Connection
-from bench.project import ENTITIES
+from bench.project import ENTITIES, FEATURES
 from bench.report import ROOT
 
 START_S = 120.0
-BODIES = 1_000
+WARM_UP_S = 0.3
+AT_ONCE = 8
 FEAST_METHOD = "/GrpcFeatureServer/GetOnlineFeatures"
 FEAST_PATH = "/get-online-features"
 
-Connect = Callable[[int, int], Connection]
-"""Makes a connection that asks for so many keys at a time; the second number is the seed."""
+Load = Callable[[int, int, float], Loaded]
+"""Asks for so many keys at a time on eight connections; then come the seed, and the seconds."""
 
 
 class Client:
@@ -67,12 +66,13 @@ class Client:
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """``entities``: how many it holds, of which any may be asked for."""
+    """``entities``: how many it holds, of which any may be asked for. ``slow``: it answers few hundred a second."""
 
     name: str
     client: Client
     entities: int = ENTITIES
-    connect: Connect | None = None
+    load: Load | None = None
+    slow: bool = False
 
 
 @contextmanager
@@ -135,41 +135,44 @@ def feast_grpc(stack: ExitStack, python: Path, folder: Path, entities: int) -> S
     stack.enter_context(program(command, port, folder))
     client = asked(stack, Client(python, "feast_grpc", address))
 
-    def connect(keys: int, seed: int) -> Connection:
-        messages = (load.framed(body) for body in _bodies(client, keys, entities, seed))
-        return Http2Connection(address, messages, FEAST_METHOD, length_varies=True)
+    def ask(keys: int, seed: int, seconds: float) -> Loaded:
+        body = load.framed(_body(client, keys, entities, seed))
+        return loaded(address, body, keys, seconds, path=FEAST_METHOD)
 
-    return System("Feast, gRPC", client, entities, connect)
+    return System("Feast, gRPC", client, entities, ask, slow=True)
 
 
 def feast_http(stack: ExitStack, python: Path, folder: Path, entities: int) -> System:
-    """Feast's Python HTTP server, ``feast serve``, of one worker that is not restarted every 1,000 requests."""
+    """Feast's Python HTTP server, ``feast serve``, of one worker that is not restarted every 1,000 requests.
+
+    Nor does it close a connection that waits for its turn, as it would after 30 seconds.
+    """
     port = free_port()
     address = f"127.0.0.1:{port}"
-    command = [
-        str(python.with_name("feast")),
-        "serve",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--max-requests",
-        "0",
-    ]
+    options = ["--host", "127.0.0.1", "--port", str(port), "--max-requests", "0", "--keep-alive-timeout", "3600"]
+    command = [str(python.with_name("feast")), "serve", *options]
     stack.enter_context(program(command, port, folder))
     client = asked(stack, Client(python, "feast_http", address))
-    return System(
-        "Feast, HTTP",
-        client,
-        entities,
-        lambda keys, seed: Http1Connection(address, _bodies(client, keys, entities, seed), FEAST_PATH),
-    )
+
+    def ask(keys: int, seed: int, seconds: float) -> Loaded:
+        body = _body(client, keys, entities, seed)
+        return loaded(address, body, keys, seconds, path=FEAST_PATH, protocol=h2load.HTTP1)
+
+    return System("Feast, HTTP", client, entities, ask, slow=True)
 
 
-def _bodies(client: Client, keys: int, entities: int, seed: int) -> Iterator[bytes]:
-    """Yield requests that a client encodes, over and over: it takes the code that the peer generates."""
-    found = client.tell({"bodies": BODIES, "keys": keys, "entities": entities, "seed": seed})
-    return cycle([base64.b64decode(body) for body in found])
+def _body(client: Client, keys: int, entities: int, seed: int) -> bytes:
+    """Return a request that a client encodes, as it takes the code that the peer generates."""
+    return base64.b64decode(client.tell({"body": keys, "entities": entities, "seed": seed}))
+
+
+def loaded(address: str, body: bytes, keys: int, seconds: float, **how: Any) -> Loaded:
+    """Load a server with a request. Raises RuntimeError where answers are too small to hold what was asked for."""
+    found = h2load.run(address, body, seconds=seconds, warm_up_s=WARM_UP_S, connections=AT_ONCE, **how)
+    least = keys * FEATURES * 4
+    if found.message_bytes < found.ended * least:
+        raise RuntimeError(f"{found.ended} answers in {found.message_bytes} bytes, of at least {least} each")
+    return found
 
 
 def bare(stack: ExitStack, folder: Path) -> System:
@@ -188,12 +191,13 @@ def served(stack: ExitStack, folder: Path, transport: str) -> System:
 def _grpc(stack: ExitStack, name: str, server: servers.Server, client: str) -> System:
     try:
         address = stack.enter_context(server).address
+        load.warm(address, ENTITIES)
     except RuntimeError as error:
         raise NotThere(str(error)) from None
     return System(
         name,
         asked(stack, Client(sys.executable, client, address)),
-        connect=lambda keys, seed: Http2Connection(address, load.bodies(keys, ENTITIES, seed)),
+        load=lambda keys, seed, seconds: loaded(address, next(load.bodies(keys, ENTITIES, seed)), keys, seconds),
     )
 
 

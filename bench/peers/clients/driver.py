@@ -1,6 +1,6 @@
 """What all clients do alike: take orders, a line of JSON each, from standard input, and answer each with a line.
 
-``{"check": [entities]}`` answers the values that come; ``{"bodies": n, ...}`` requests as they go over the wire;
+``{"check": [entities]}`` answers the values that come; ``{"body": keys, ...}`` a request as it goes over the wire;
 ``{"measure": keys, ...}`` the nanoseconds of each call. A client only says how one call is made.
 """
 
@@ -44,10 +44,9 @@ def serve(connect: Callable[[], Client], body: Callable[[Any], bytes] | None = N
         if "check" in order:
             found = clients[0].values(clients[0].get(np.array(order["check"])))
             answer = np.asarray(found, np.float32).tolist()
-        elif "bodies" in order:
+        elif "body" in order:
             assert body is not None
-            drawn = random.integers(0, order["entities"], (order["bodies"], order["keys"]))
-            answer = [base64.b64encode(body(row)).decode() for row in drawn]
+            answer = base64.b64encode(body(random.integers(0, order["entities"], order["body"]))).decode()
         else:
             while len(clients) < order["connections"]:
                 clients.append(connect())

@@ -1,0 +1,96 @@
+"""The load of h2load: one request over and over, and how long each took; of gRPC, or of HTTP/1.1.
+
+A generator in Python takes longer for a small request than the servers that are measured here. h2load repeats one body,
+so its rows are hot for whoever is asked. It does not read gRPC's status, but a refusal has no message: how many were
+answered is told by the bytes of messages.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from featserve.types import Array
+from featserve.wire import FULL_METHOD
+
+METHOD = f"{FULL_METHOD}GetFeatures"
+GRPC = ("--header=content-type: application/grpc", "--header=te: trailers")
+HTTP1 = ("--h1", "--header=content-type: application/json")
+OPEN = 10_000
+"""Requests that a connection of an open loop may have under way."""
+
+
+class NotLoaded(RuntimeError):
+    """h2load is not there, or could not do what it was asked for; the message says what it said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What came of the ``seconds`` after the warm-up: ``taken_us`` has the latency of each request that ended in them.
+
+    Of all, the warm-up's as well: ``started`` and ``ended``, how many did; ``message_bytes``, of all answers together.
+    """
+
+    seconds: float
+    taken_us: Array
+    started: int
+    ended: int
+    message_bytes: int
+
+    @property
+    def rate(self) -> float:
+        """Requests a second that ended."""
+        return len(self.taken_us) / self.seconds
+
+    def answered(self, answer_bytes: int) -> int:
+        """Return how many got an answer, which is of so many bytes; the others were refused."""
+        return self.message_bytes // answer_bytes
+
+
+def p99_at_most(taken: Array, of: int) -> float:
+    """Return what the p99 of any ``of`` of the requests is at most: it is that where the slowest are among them."""
+    return float(np.sort(taken)[-1 - of // 100])
+
+
+def run(
+    address: str,
+    body: bytes,
+    *,
+    seconds: float = 2.0,
+    warm_up_s: float = 0.0,
+    connections: int = 8,
+    rate: float | None = None,
+    path: str = METHOD,
+    protocol: tuple[str, ...] = GRPC,
+) -> Loaded:
+    """Send ``body`` to the server at ``address`` for ``seconds``, and for ``warm_up_s`` before.
+
+    Each connection has one request under way; or all together send ``rate`` a second, at even intervals on each,
+    whether or not answers come. Latency counts from the sending. Raises NotLoaded, also where all have failed.
+    """
+    at_once = ["--max-concurrent-streams=1"]
+    if rate is not None:
+        at_once = [f"--max-concurrent-streams={OPEN}", f"--rps={rate / connections:.3f}"]
+    with tempfile.TemporaryDirectory(prefix="featserve-h2load-") as folder:
+        data, log = Path(folder) / "body", Path(folder) / "log"
+        data.write_bytes(body)
+        command = [
+            *("h2load", "--threads=1", f"--clients={connections}", f"--duration={(warm_up_s + seconds) * 1e3:.0f}ms"),
+            *(*at_once, *protocol, f"--data={data}", f"--log-file={log}", f"http://{address}{path}"),
+        ]
+        try:
+            out = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+        except FileNotFoundError:
+            raise NotLoaded("there is no h2load: apt-get install nghttp2-client") from None
+        started = re.search(r"requests: .* (\d+) started", out)
+        message_bytes = re.search(r"traffic: .* \((\d+)\) data", out)
+        if started is None or message_bytes is None or not log.stat().st_size:
+            raise NotLoaded(f"h2load did not load {address}:\n{out}")
+        started_us, taken_us = np.loadtxt(log, np.int64, usecols=(0, 2), ndmin=2).T
+    counted = started_us + taken_us >= started_us.min() + warm_up_s * 1e6
+    return Loaded(seconds, taken_us[counted], int(started[1]), len(taken_us), int(message_bytes[1]))
