@@ -115,7 +115,7 @@ def test_pushed_events_are_served_by_every_view_over_them(server: Server) -> Non
 
 
 def test_the_schema_of_a_server_spells_its_windows_out(server: Server) -> None:
-    """For each feature the schema says kind, boundaries in words, zone, what an empty window gives, and how ties end."""
+    """For each feature it says the kind, the boundaries in words, the zone, the value of no event, and ties."""
     with server.client() as client:
         features = client.describe("users").features
     said = {f.name: f.aggregate for f in features if f.aggregate is not None}
