@@ -32,11 +32,13 @@ from tests.random_data import snapshot_of
 from tests.windows_model import (
     HOUR_US,
     POOLS,
+    TYPES,
     WINDOWS,
     Answer,
     Event,
     answers,
     distinct,
+    edge_history,
     make_history,
     make_view,
     start_us,
@@ -299,6 +301,30 @@ def test_any_order_of_pushes_loads_and_reads(
             online.step()
     finally:
         online.store.close()
+
+
+def test_edges_at_clock_changes(rng: np.random.Generator) -> None:
+    """At each clock change of a zone's year windows of every kind begin and end at the oracle's microsecond.
+
+    Events are pushed in any order, as soon as they are available.
+    """
+    history = edge_history(HISTORY)
+    view, service = history.view, FeatureService("windows", [history.view], dtype=Float64)
+    plans = Plans(snapshot_of([view], [service]))
+    pushed_us, store = NEVER_US, MemoryStore()
+    for time_us in sorted({t for t, _ in history.asked}):
+        engine, keys = Engine(store, plans), [key for t, key in history.asked if t == time_us]
+        come = [e for e in history.events if pushed_us < e.available[0] <= time_us]
+        if come:
+            arrival = arrival_of(TYPES, [come[i] for i in rng.permutation(len(come))])
+            engine.push(plans.events("events"), arrival, now_us=time_us, max_future_skew_us=0)
+        pushed_us = time_us
+        given = EntityKeys.of({"user_id": [key[0] for key in keys]}, view.entity.keys)
+        got = engine.read(plans.service("windows"), given, time_us, as_of=True).to_dict()
+        for i, key in enumerate(keys):
+            _, expected = answers(view, history.events, key, time_us)
+            for name, answer in expected.items():
+                assert answer.agrees(got[f"{view.name}.{name}"][i]), (time_us, key, name, answer)
 
 
 def test_the_served_value_is_the_training_value(tmp_path: Path, rng: np.random.Generator) -> None:

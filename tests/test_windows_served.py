@@ -114,6 +114,25 @@ def test_pushed_events_are_served_by_every_view_over_them(server: Server) -> Non
         }
 
 
+def test_the_schema_of_a_server_spells_its_windows_out(server: Server) -> None:
+    """For each feature it says the kind, the boundaries in words, the zone, the value of no event, and ties."""
+    with server.client() as client:
+        features = client.describe("users").features
+    said = {f.name: f.aggregate for f in features if f.aggregate is not None}
+    hopping, rolling = "floor(T - 24 h, 1 h) <= event time <= T", "T - 24 h < event time <= T"
+    days = "the start of the day 1 day before T's in America/New_York <= event time <= T"
+    assert {name: (a.kind, a.boundaries, a.zone, a.empty_json) for name, a in said.items()} == {
+        "spent.orders": ("hopping", hopping, "", "0"),
+        "spent.sum": ("hopping", hopping, "", "null"),
+        "spent.mean_large": ("rolling", rolling, "", "null"),
+        "spent.last_shop": ("calendar", days, "America/New_York", "null"),
+        "spent.shops": ("rolling", rolling, "", "0"),
+        "seen.visits": ("rolling", rolling, "", "0"),
+    }
+    assert {a.ties for a in said.values()} == {"event_time, known_at, sequence"}
+    assert (said["spent.mean_large"].function, said["spent.mean_large"].where) == ("mean", "(amount > 10)")
+
+
 def test_events_stream_in(server: Server) -> None:
     """Every message counts; what is refused ends the stream and says how many came before; the rest stays."""
     now = datetime.now(UTC)

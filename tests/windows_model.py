@@ -245,6 +245,7 @@ FIELDS = (
     Field("flag", Bool),
     Field("at", Timestamp),
 )
+WITH_IDS = [f if f.name != "event_id" else Field("event_id", String, not_null=True) for f in FIELDS]
 TYPES = {f.name: f.type for f in FIELDS}
 USER = Entity("user", {"user_id": Int64})
 PLACE = Entity("place", {"region": String, "user_id": Int64})
@@ -384,8 +385,7 @@ def make_view(
         where = WHERES[rng.integers(len(WHERES))] if rng.random() < 0.5 else None
         over = chosen[rng.integers(len(chosen))]
         made.append(Aggregate(f"f{len(made)}_{function}", function, of, over=over, where=where))
-    fields = [f if f.name != "event_id" else Field("event_id", String, not_null=True) for f in FIELDS]
-    named = EventSource("events", fields, source=source, event_id="event_id" if rng.random() < 0.7 else None)
+    named = EventSource("events", WITH_IDS, source=source, event_id="event_id" if rng.random() < 0.7 else None)
     entity = USER if rng.random() < 0.5 else PLACE
     return FeatureView("windowed", entity, events=named, aggregates=made)
 
@@ -401,3 +401,30 @@ def _instants(rng: np.random.Generator, base: int, windows: Sequence[Window]) ->
     edges = [start_us(window, t) for window in windows for t in near[:3]]
     again = [2 * t - start_us(window, t) for window in windows for t in near[:2]]
     return [t + d for t in (*near, *edges, *again) for d in (-1, 0, 1)]
+
+
+def edge_history(source: Source, windows: Sequence[Window] = WINDOWS) -> History:
+    """Return aggregates over ``windows``, and for each clock change a user with the events that tell where one ends.
+
+    They lie where windows at the change and an hour after it begin, and a microsecond beside: two at each instant, of
+    which one is known an hour late, and the other comes again later. Asked is about these and about nobody.
+    """
+    functions = (("count", None), ("sum", "quantity"), ("last", "quantity"))
+    aggregates = [
+        Aggregate(f"{function}_{number}", function, of, over=window)
+        for number, window in enumerate(windows)
+        for function, of in functions
+    ]
+    events = EventSource("events", WITH_IDS, source=source, event_id="event_id")
+    made: list[Event] = []
+    asked: list[tuple[int, tuple[Any, ...]]] = []
+    for user, change in enumerate(CHANGES):
+        near = (change, change + HOUR_US)
+        starts = [(t, start_us(window, t)) for window in windows for t in near]
+        for edge in sorted({start + d for _, start in starts for d in (-1, 0, 1)} | {*near}):
+            for name, late_us in (("first", 0), ("tied", HOUR_US), ("first", 2 * HOUR_US)):
+                values = {"user_id": user, "event_id": f"{name} {user} {edge}", "quantity": len(made)}
+                made.append(Event(edge, edge + late_us, len(made), dict.fromkeys(TYPES) | values))
+        times = {t + d for t in (*near, *(2 * t - start for t, start in starts)) for d in (-1, 0, 1)}
+        asked += [(t, (who,)) for t in sorted(times) for who in (user, len(CHANGES))]
+    return History(FeatureView("windowed", USER, events=events, aggregates=aggregates), made, asked)

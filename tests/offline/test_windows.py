@@ -39,13 +39,21 @@ from tests.windows_model import (
     MOST,
     TYPES,
     USER,
+    WINDOWS,
     Event,
     History,
     answers,
+    edge_history,
     make_history,
 )
 
 SOURCE = ParquetSource("events.parquet", event_time="happened", known_at="known")
+OF_EACH_KIND: tuple[Window, ...] = (
+    Rolling(HOUR),
+    Hopping(7 * DAY, HOUR),
+    Calendar(7, "day", "America/New_York"),
+    Calendar(2, "day", "America/Sao_Paulo"),
+)
 
 
 def write(history: History, folder: Path) -> None:
@@ -100,6 +108,16 @@ def test_random_histories(duckdb_engine: OfflineEngine, rng: np.random.Generator
     write(history, tmp_path)
     _, wrong = differences(history, joined(duckdb_engine, history, tmp_path))
     assert not wrong, [history.view.to_dict()["aggregates"], wrong[:10]]
+
+
+def test_edges_at_clock_changes(engine: OfflineEngine, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """At each clock change of a zone's year windows of every kind begin and end at the oracle's microsecond."""
+    spark = request.node.callspec.params["engine"] == "spark"
+    history = edge_history(SOURCE, OF_EACH_KIND if spark else WINDOWS)
+    write(history, tmp_path)
+    cells, wrong = differences(history, joined(engine, history, tmp_path))
+    assert cells == len(history.asked) * len(history.view.features)
+    assert not wrong, wrong[:10]
 
 
 def test_every_function_over_every_kind(duckdb_engine: OfflineEngine, rng: np.random.Generator, tmp_path: Path) -> None:

@@ -19,12 +19,13 @@ from tests.serving import until
 
 
 class Collector(TraceServiceServicer):
-    """Receives spans until it is closed. ``hangs``: takes what it is sent, and never answers."""
+    """Receives spans until it is closed, in so many ``calls``. ``hangs``: takes what it is sent, and never answers."""
 
     def __init__(self, *, hangs: bool = False, port: int = 0) -> None:
         self.spans: list[Any] = []
         self.resource: dict[str, Any] = {}
-        self.asked = threading.Event()
+        self.calls = 0
+        self._held: Any = None
         self._released = threading.Event()
         self._hangs = hangs
         self._server = grpc.server(ThreadPoolExecutor(4))
@@ -34,14 +35,19 @@ class Collector(TraceServiceServicer):
         self._server.start()
 
     def Export(self, request: Any, context: Any) -> ExportTraceServiceResponse:  # noqa: N802 - the protocol's name
-        self.asked.set()
+        self.calls += 1
         if self._hangs:
+            self._held = self._held or context
             self._released.wait()
         for of_resource in request.resource_spans:
             self.resource = attributes(of_resource.resource.attributes)
             for of_scope in of_resource.scope_spans:
                 self.spans += of_scope.spans
         return ExportTraceServiceResponse()
+
+    def holds(self) -> bool:
+        """Say whether who sent the first spans still waits for an answer."""
+        return self._held is not None and bool(self._held.is_active())
 
     def trees(self, count: int) -> list[Tree]:
         """Wait for the spans of ``count`` requests; return all that have come, in order of their start."""
@@ -53,14 +59,18 @@ class Collector(TraceServiceServicer):
         until(f"{count} requests are traced", lambda: len(come()) >= count)
         return come()
 
+    def close(self) -> None:
+        """Be gone; what is held is answered to nobody."""
+        self._released.set()
+        self._server.stop(None).wait()
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._released.set()
-        self._server.stop(None).wait()
+        self.close()
 
 
 class Tree:

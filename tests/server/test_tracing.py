@@ -13,7 +13,6 @@ import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from featserve._proto import serving_pb2 as pb
-from featserve._proto.serving_pb2_grpc import FeatureServingServiceStub
 from featserve.config import TelemetryConfig
 from featserve.server.service import Call
 from featserve.server.telemetry import UNWATCHED, Telemetry
@@ -21,7 +20,7 @@ from featserve.server.tracing import Tracing
 from tests.server.collector import Collector
 from tests.server.messages import HOUR_US, activity, now_us, nulls, numbers, packed, weather, wide
 from tests.server.watched import scored, watched
-from tests.serving import Server, until
+from tests.serving import PATIENCE_S, Server, until
 
 pytest_plugins = ["tests.served"]
 
@@ -186,37 +185,33 @@ def test_the_environment_says_where_to_send_and_who_it_is(
     assert collector.resource["deployment.environment.name"] == "test"
 
 
-def slowest_s(stub: FeatureServingServiceStub, requests: int) -> float:
-    """Ask for features one after the other; return the time of the slowest."""
-    slowest = 0.0
-    for _ in range(requests):
-        begun = time.monotonic()
-        stub.GetFeatures(wide(1), timeout=30)
-        slowest = max(slowest, time.monotonic() - begun)
-    return slowest
-
-
 @pytest.mark.parametrize("hangs", [True, False])
 def test_no_request_waits_for_the_collector(
     transport: str, tmp_path: Path, hangs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a collector that never answers, or none at all, every request is answered, and the server stops in time."""
+    """While one export goes on, held by a collector that never answers or tried again as there is none, all goes on.
+
+    More requests are answered than the queue of spans holds, and the server stops, before that export gives up.
+    """
     monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "64")
     monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "32")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "600")
+
+    def logged(start: str) -> bool:
+        return any(event["message"].startswith(start) for event in server.events())
+
     with Collector(hangs=hangs) as collector:
         if not hangs:
-            collector.__exit__(None, None, None)
+            collector.close()
         with watched(tmp_path / "p", transport, otlp_endpoint=collector.endpoint, sample_ratio=1) as server:
             with server.stub() as stub:
-                assert slowest_s(stub, 5) < 10
-                if hangs:
-                    assert collector.asked.wait(60)
-                assert slowest_s(stub, 200) < 10  # 1,600 spans: 25 times what the queue holds
-            begun = time.monotonic()
+                stub.GetFeatures(wide(1), timeout=PATIENCE_S)
+                until("an export goes on", lambda: collector.holds() if hangs else logged("Transient error"))
+                for _ in range(200):  # 1,600 spans
+                    stub.GetFeatures(wide(1), timeout=PATIENCE_S)
+                assert collector.holds() if hangs else not logged("Failed to export")
             assert server.stop() == 0
-            assert time.monotonic() - begun < 15
-        assert "traces" in [e["message"] for e in server.events()]
-    assert collector.spans == [] or hangs
+    assert collector.calls == hangs
 
 
 @pytest.mark.slow

@@ -222,24 +222,6 @@ def test_a_worker_that_lags(start_pair: Callable[..., Server]) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_replaced(start_pair: Callable[..., Server]) -> None:
-    """Killed under load, a worker takes down no call but those of its own connections, which the client repeats."""
-    server = start_pair()
-    with loaded(server), stubs(server, ("grpc.enable_retries", 0)) as all_stubs:
-        for stub in all_stubs:
-            stub.GetFeatures(wide(1))
-        killed = processes(server)[1]
-        psutil.Process(killed).kill()
-        codes = [stub.GetFeatures.future(wide(1), timeout=PATIENCE_S).code() for stub in all_stubs]
-        assert set(codes) <= {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}
-        assert grpc.StatusCode.OK in codes
-        until("there is another", lambda: processes(server)[1] != killed)
-    (died,) = [event for event in server.events() if event["level"] == "error"]
-    assert (died["message"], died["exit_code"]) == ("worker 1 died", -signal.SIGKILL)
-    assert server.stop() == 0
-
-
-@pytest.mark.slow
 def test_a_killed_writer_is_replaced(start_pair: Callable[..., Server]) -> None:
     """While there is no writer, reads go on and writes wait for the next one; what went with it the client repeats."""
     server = start_pair()
