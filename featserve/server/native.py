@@ -181,13 +181,14 @@ class NativeServer:
         if events is None:
             return False
         now_s, telemetry = time.monotonic(), self._telemetry
+        refusing = self._behind.refusing
         room = self._most_calls - self._active() - self._behind.load.active
         for kind, call_id, method, data, _, details in events:
             if kind == EVENT_CANCEL:
                 room += self._drop(call_id)
             elif data is not None and details is not None:
-                if (status := self._refusal(data, room)) is not None:
-                    self._front.fail(call_id, *status)
+                if room <= 0 or refusing or len(data) > self._most_bytes:
+                    self._front.fail(call_id, *self._refusal(data))
                     continue
                 room -= 1
                 metadata, _, remaining_s = details
@@ -211,19 +212,17 @@ class NativeServer:
             return None
         return max(math.ceil((self._limited[0][0] - time.monotonic()) * 1_000), 0)
 
-    def _refusal(self, data: bytes, room: int) -> Status | None:
-        """Return what a call is refused with before it waits. ``room``: for how many more there is room."""
+    def _refusal(self, data: bytes) -> Status:
+        """Return what a call is refused with before it waits."""
         if self._behind.refusing:
             return self._stopping
-        if room <= 0:
-            self._load.shed += 1
-            return self._overloaded
-        return self._oversized("Received", data)
+        if len(data) > self._most_bytes:
+            return self._oversized("Received", data)
+        self._load.shed += 1
+        return self._overloaded
 
-    def _oversized(self, verb: str, data: bytes) -> Status | None:
+    def _oversized(self, verb: str, data: bytes) -> Status:
         """Return what grpcio says of a message over the limit."""
-        if len(data) <= self._most_bytes:
-            return None
         return RESOURCE_EXHAUSTED, f"{verb} message larger than max ({len(data)} vs. {self._most_bytes})", []
 
     def _write(self, call_id: int) -> None:
@@ -250,8 +249,8 @@ class NativeServer:
         for share in self._service.shares([turn.data for turn in asking]):
             try:
                 matrix, answers = self._service.get_features_together(share)
-            except Exception:  # noqa: BLE001 - the top of a request: alone, each says what is wrong with it
-                continue
+            except Exception:  # noqa: BLE001 - the top of a request
+                continue  # alone, each says what is wrong with it
             answered = [asking[number] for number in share.numbers]
             for turn, answer in zip(answered, answers, strict=True):
                 self._respond(turn.call_id, answer)
@@ -280,8 +279,8 @@ class NativeServer:
             self._respond(turn.call_id, answer)
 
     def _respond(self, call_id: int, answer: bytes) -> None:
-        if (status := self._oversized("Sent", answer)) is not None:
-            self._front.fail(call_id, *status)
+        if len(answer) > self._most_bytes:
+            self._front.fail(call_id, *self._oversized("Sent", answer))
         else:
             self._front.respond(call_id, answer)
 

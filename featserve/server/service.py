@@ -19,7 +19,7 @@ from featserve.errors import DeadlineExceeded, FeatserveError, invalid
 from featserve.matrix import FeatureMatrix
 from featserve.plan import ReadPlan
 from featserve.server.status import encode_error
-from featserve.server.together import Share, shared
+from featserve.server.together import Share, Sharing
 from featserve.stages import Stages
 from featserve.wire import (
     decode_keys,
@@ -85,6 +85,7 @@ class Service:
         self.engine = engine
         self._limits = limits
         self._clock_us = clock_us
+        self._sharing = Sharing(engine.plans, limits.max_rows)
 
     def get_features(self, data: bytes, call: Call) -> bytes:
         """Answer a GetFeaturesRequest."""
@@ -93,7 +94,9 @@ class Service:
 
     def shares(self, requests: Sequence[bytes]) -> list[Share]:
         """Return the GetFeaturesRequests among these that can be answered together; none of them has expired."""
-        return shared(self.engine.plans, requests, self._limits.max_rows)
+        if self._sharing.plans is not self.engine.plans:
+            self._sharing = Sharing(self.engine.plans, self._limits.max_rows)
+        return self._sharing.shares(requests)
 
     def get_features_together(self, share: Share) -> tuple[FeatureMatrix, list[bytes]]:
         """Answer requests for one service with one read; an error of it is nobody's in particular."""

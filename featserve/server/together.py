@@ -21,6 +21,10 @@ TOGETHER_BYTES = 512
 """The largest request that shares a read: a hundred rows gain nothing by it, and hold the others up."""
 
 
+MOST_SEEN = 4_096
+"""Requests that are known without parsing: some hundred bytes each."""
+
+
 @dataclass(slots=True)
 class Share:
     """Requests for one service: the number of each among all, its rows and its keys."""
@@ -40,31 +44,74 @@ class Share:
         return encode_parts(matrix, self.rows)
 
 
-def shared(plans: Plans, requests: Sequence[bytes], max_rows: int) -> list[Share]:
-    """Return the shares of requests."""
-    shares: list[Share] = []
-    joined: dict[str, Share] = {}
-    for number, data in enumerate(requests):
-        try:
-            request = parse(pb.GetFeaturesRequest, data)
-            plan = plans.service(request.service)
-            if plan.steps or _asks_more(request):
+class Sharing:
+    """Puts requests for the services of ``plans`` in shares.
+
+    Requests of one service mostly differ in the values of their keys alone. Where those are numbers of one column, they
+    come last, and the bytes before them say all the rest. So what was parsed once is found by the length of the request
+    and these bytes.
+    """
+
+    def __init__(self, plans: Plans, max_rows: int) -> None:
+        self.plans, self._max_rows = plans, max_rows
+        self._seen: dict[int, tuple[int, dict[bytes, tuple[ReadPlan, int, str]]]] = {}
+        """By the length of requests: how many bytes come before the values, and what was asked for, by those."""
+        self._left = MOST_SEEN
+
+    def shares(self, requests: Sequence[bytes]) -> list[Share]:
+        """Return the shares of requests."""
+        shares: list[Share] = []
+        joined: dict[str, Share] = {}
+        for number, data in enumerate(requests):
+            try:
+                asked = self._asked(data)
+            except FeatserveError:
                 continue
-            found = plain_keys(request.keys, plan.schema.keys, max_rows)
-        except FeatserveError:
-            continue
+            if asked is None:
+                continue
+            plan, rows, keys = asked
+            small = len(data) <= TOGETHER_BYTES
+            share = joined.get(plan.schema.hash) if small else None
+            if share is None:
+                shares.append(share := Share(plan))
+                if small:
+                    joined[plan.schema.hash] = share
+            share.numbers.append(number)
+            share.rows.append(rows)
+            share.keys.append(keys)
+        return shares
+
+    def _asked(self, data: bytes) -> tuple[ReadPlan, int, dict[str, bytes | Column]] | None:
+        """Return what a request asks for: a plan, and so many rows of keys. None where it is to be answered alone."""
+        if (known := self._seen.get(len(data))) is not None:
+            size, heads = known
+            if (seen := heads.get(data[:size])) is not None:
+                plan, rows, name = seen
+                return plan, rows, {name: data[size:]}
+        request = parse(pb.GetFeaturesRequest, data)
+        plan = self.plans.service(request.service)
+        if plan.steps or _asks_more(request):
+            return None
+        found = plain_keys(request.keys, plan.schema.keys, self._max_rows)
         if found is None:
-            continue
-        share = joined.get(plan.schema.hash)
-        if share is None or len(data) > TOGETHER_BYTES:
-            share = Share(plan)
-            shares.append(share)
-            if len(data) <= TOGETHER_BYTES:
-                joined[plan.schema.hash] = share
-        share.numbers.append(number)
-        share.rows.append(found[0])
-        share.keys.append(found[1])
-    return shares
+            return None
+        if self._left:
+            self._remember(data, request, plan, *found)
+        return plan, *found
+
+    def _remember(
+        self, data: bytes, request: pb.GetFeaturesRequest, plan: ReadPlan, rows: int, keys: dict[str, bytes | Column]
+    ) -> None:
+        """Note what a request asks for, where the values of its keys are the end of it."""
+        (name, values), *others = keys.items()
+        if others or not isinstance(values, bytes):
+            return
+        size = len(data) - len(values)
+        known, heads = self._seen.setdefault(len(data), (size, {}))
+        request.DiscardUnknownFields()
+        if known == size and request.SerializeToString() == data:  # its fields are in their order, and no others
+            heads[data[:size]] = plan, rows, name
+            self._left -= 1
 
 
 def _asks_more(request: pb.GetFeaturesRequest) -> bool:
