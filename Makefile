@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-fast lint types format protos protos-accept bench bench-peers counts counts-accept lock clean
+.PHONY: help setup demo serve test test-fast lint types format protos protos-accept bench bench-peers pieces pieces-baseline counts counts-accept lock clean
 
 # The first Python on the path that is new enough; `make PYTHON=/path/to/python3 ...` names another.
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
@@ -17,7 +17,7 @@ COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gen
 ARGS ?=
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: .venv/.dev  ## Set up .venv with everything, pinned (the other targets do it themselves)
 
@@ -60,6 +60,17 @@ bench: .venv/.dev  ## Measure, and print what was measured
 
 bench-peers: .venv/.dev  ## Measure featserve beside Feast and Redis, for a quarter of an hour (ARGS=--brief: some minutes)
 	@$(BIN)/python -m bench.peers $(ARGS)
+
+# That the baseline is another machine's is a warning of pytest-benchmark's, and no error as other warnings are.
+PIECES := $(BIN)/python -m pytest -q bench/pieces -W default::pytest_benchmark.logger.PytestBenchmarkWarning \
+	--benchmark-disable-gc --benchmark-storage=file://bench/pieces/baseline
+
+pieces: .venv/.dev  ## Time the pieces of a request beside the baseline's times; informs only, what fails is `make counts`
+	@$(PIECES) --benchmark-compare --benchmark-group-by=fullname --benchmark-columns=median,min --benchmark-sort=name $(ARGS)
+
+pieces-baseline: .venv/.dev  ## Make the times of this machine what `make pieces` compares with
+	@rm -rf bench/pieces/baseline
+	@$(PIECES) --benchmark-quiet --benchmark-save=baseline $(ARGS)
 
 counts: .venv/.dev  ## Count the instructions and allocations of a request; fails where they are more than they were
 	@$(BIN)/python -m bench.counts

@@ -11,6 +11,7 @@ import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -53,8 +54,11 @@ class Loaded:
 
 
 def p99_at_most(taken: Array, of: int) -> float:
-    """Return what the p99 of any ``of`` of the requests is at most: it is that where the slowest are among them."""
-    return float(np.sort(taken)[-1 - of // 100])
+    """Return what the p99 of any ``of`` of the requests is at most: it is that where the slowest are among them.
+
+    Infinity where there are no requests.
+    """
+    return float(np.sort(taken)[-1 - of // 100]) if len(taken) else inf
 
 
 def run(
@@ -71,7 +75,7 @@ def run(
     """Send ``body`` to the server at ``address`` for ``seconds``, and for ``warm_up_s`` before.
 
     Each connection has one request under way; or all together send ``rate`` a second, at even intervals on each,
-    whether or not answers come. Latency counts from the sending. Raises NotLoaded, also where all have failed.
+    whether or not answers come. Latency counts from the sending. Raises NotLoaded, also where nothing could be sent.
     """
     at_once = ["--max-concurrent-streams=1"]
     if rate is not None:
@@ -89,8 +93,9 @@ def run(
             raise NotLoaded("there is no h2load: apt-get install nghttp2-client") from None
         started = re.search(r"requests: .* (\d+) started", out)
         message_bytes = re.search(r"traffic: .* \((\d+)\) data", out)
-        if started is None or message_bytes is None or not log.stat().st_size:
+        if started is None or message_bytes is None or not int(started[1]):
             raise NotLoaded(f"h2load did not load {address}:\n{out}")
-        started_us, taken_us = np.loadtxt(log, np.int64, usecols=(0, 2), ndmin=2).T
-    counted = started_us + taken_us >= started_us.min() + warm_up_s * 1e6
-    return Loaded(seconds, taken_us[counted], int(started[1]), len(taken_us), int(message_bytes[1]))
+        # When each started and how long it took, in the order in which they ended.
+        times_us = np.loadtxt(log, np.int64, usecols=(0, 2), ndmin=2) if log.stat().st_size else np.zeros((0, 2))
+    counted = times_us.sum(axis=1) >= times_us[:1, 0] + warm_up_s * 1e6
+    return Loaded(seconds, times_us[counted, 1], int(started[1]), len(times_us), int(message_bytes[1]))

@@ -9,6 +9,7 @@ rate. It tells no answer from a refusal, only how many there were: a p99 is what
 from __future__ import annotations
 
 import statistics
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ LOADS = (0.5, 0.8, 0.9, 1.0, 1.2, 2.0, 3.0)
 """Rates, as multiples of the peak."""
 ROUNDS = 3
 CONNECTIONS = 32
+PATIENCE = 100
+"""How often a server may refuse the one request that follows a load, in a tenth of a second each."""
 GOODPUT = 0.9
 SLACK = 2.0
 """How many times as long as the calls under way take at the peak rate the p99 of an accepted one may be."""
@@ -68,21 +71,28 @@ def measure(folder: Path) -> list[Figure]:
 
 def in_turns(address: str, body: bytes) -> dict[float, list[Offered]]:
     """Return what came of each load, in each round."""
-    answer_bytes = bytes_of_answer(address, body)
     found: dict[float, list[Offered]] = {part: [] for part in LOADS}
     for _ in range(ROUNDS):
+        bytes_of_answer(address, body)
         peak = h2load.run(address, body, warm_up_s=0.5, connections=CONNECTIONS).rate
         for part in LOADS:
+            answer_bytes = bytes_of_answer(address, body)
             loaded = h2load.run(address, body, connections=CONNECTIONS, rate=part * peak)
             found[part].append(Offered(peak, part * peak, loaded, loaded.answered(answer_bytes)))
     return found
 
 
 def bytes_of_answer(address: str, body: bytes) -> int:
-    """Return how long the answer to a framed request is, with its own frame."""
+    """Return how long the answer to a framed request is, with its frame; wait until what was sent before is over."""
     with grpc.insecure_channel(address) as channel:
         method: Any = channel.unary_unary(h2load.METHOD)
-        return len(load.framed(method(body[len(load.framed(b"")) :], timeout=10)))
+        for _ in range(PATIENCE):
+            try:
+                return len(load.framed(method(body[len(load.framed(b"")) :], timeout=10)))
+            except grpc.RpcError as error:
+                refused = error
+                time.sleep(0.1)
+    raise RuntimeError(f"{address} answers nobody any more") from refused
 
 
 def _figures(told: str, found: dict[float, list[Offered]], limit: int) -> list[Figure]:
@@ -92,7 +102,8 @@ def _figures(told: str, found: dict[float, list[Offered]], limit: int) -> list[F
         taken_us = np.concatenate([each.loaded.taken_us for each in rounds])
         answered, ended = sum(each.answered for each in rounds), len(taken_us)
         notes = [f"{100 * statistics.median(each.sent for each in rounds):.0f} % sent"]
-        notes += [f"p50 of all {number(float(np.median(taken_us)))} us"]
+        if ended:
+            notes += [f"p50 of all {number(float(np.median(taken_us)))} us"]
         p99_us = h2load.p99_at_most(taken_us, answered)
         notes += [f"p99 of answers <= {number(p99_us)} us"]
         if (refused := ended - answered) > 0:

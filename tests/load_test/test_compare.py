@@ -21,6 +21,7 @@ from featserve.load_test import (
     compare,
 )
 from featserve.load_test.plot import check_plot, figure_of
+from tests.command_line import run as run_verb
 
 
 def recorded(values: Any) -> Histogram:
@@ -103,6 +104,36 @@ def test_results_of_other_loads_are_not_compared() -> None:
     """Results without a load in common are refused."""
     with pytest.raises(CallerError, match="no load in common"):
         compare(result_of(1.0, 1, rate=100), result_of(1.0, 1, rate=200))
+
+
+def test_the_verb_says_which_result_is_slower(tmp_path: Path) -> None:
+    """The command line says of each measure whether B is slower or faster, how sure that is, and nothing else."""
+    a, b = tmp_path / "a.json", tmp_path / "b.json"
+    result_of(1.0, 1).save(a)
+    result_of(1.2, 2).save(b)
+    shown = run_verb("load-test", "compare", a, b)
+    assert [line.split()[-1] for line in shown.stdout.splitlines() if "500" in line] == ["slower"] * 3
+    assert shown.stderr == ""
+    assert run_verb("load-test", "compare", b, a).stdout.count("faster") == 3
+    for c in json.loads(run_verb("load-test", "compare", "--json", a, b).stdout):
+        assert (c["batch"], c["rate"], c["connections"], c["verdict"], c["drifting"]) == (1, 500.0, 8, "slower", [])
+        assert c["interval"][0] < 1.2 < c["interval"][1]
+        assert c["ratio"] == pytest.approx(c["b"] / c["a"])
+        assert c["chance"] < 0.01
+
+
+def test_the_verb_doubts_what_was_not_measured_alike(tmp_path: Path) -> None:
+    """Settings that differ and rounds that drift are named beside the verdicts; without a common load is an error."""
+    a, b, other = (tmp_path / name for name in ("a.json", "b.json", "other.json"))
+    replace(result_of(1.0, 1), settings={"processes": 1, "seed": 1}).save(a)
+    (point,) = result_of(1.0, 2).points
+    rounds = [*point.rounds[:5], *result_of(1.5, 3).points[0].rounds[5:]]
+    replace(result_of(1.0, 2), settings={"processes": 2, "seed": 2}, points=(Point(point.load, rounds),)).save(b)
+    result_of(1.0, 1, rate=200).save(other)
+    told = run_verb("load-test", "compare", a, b).stderr
+    assert "not measured alike: processes differ" in told
+    assert "the rounds of B drift" in told
+    assert "no load in common" in run_verb("load-test", "compare", a, other, code=1).stderr
 
 
 def test_a_result_is_kept(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from featserve.load_test import (
     LoadTest,
     Range,
     Reads,
+    Result,
     Writes,
     describe_view,
     run,
@@ -105,6 +106,48 @@ def test_the_verb_draws_from_files(server: Server, tmp_path: Path) -> None:
     assert "3 of user_id" in shown.stdout
     assert "2 of country, zip" in shown.stdout
     assert "measures mostly missing" in shown.stderr
+
+
+def test_the_verb_offers_rates_from_processes_while_it_writes(server: Server, tmp_path: Path) -> None:
+    """Each rate comes from two processes while a file's rows are written; all is in the result, the rows are served."""
+    stored(server)
+    written = [{"user_id": user} | {f"f{i}": 7.5 for i in range(50)} for user in range(1, 101)]
+    (tmp_path / "rows.json").write_text(json.dumps(written))
+    writes = ("--write", "numbers", "--write-file", tmp_path / "rows.json", "--write-rate", "1000")
+    words = ["load-test", "wide", "user_id=1..1000", "--server", server.address, "--rounds", "2", "--round", "0.5"]
+    loads = ("--rate", "40,120", "--batch", "10", "--connections", "4", "--processes", "2", "--warm-up", "0.1")
+    shown = run_verb(*words, *loads, *writes, "--json", tmp_path / "a.json").stdout
+    assert "processes that send: 2" in shown
+    assert shown.count("writes to numbers, 1,000 rows/s") == 2
+    result = Result.load(tmp_path / "a.json")
+    assert result.settings["processes"] == 2
+    assert [point.load for point in result.points] == [Load(10, 40.0, 4), Load(10, 120.0, 4)]
+    slow, fast = (point.total() for point in result.points)
+    assert slow.arrived == pytest.approx(40, abs=30)
+    assert fast.arrived == pytest.approx(120, abs=49)
+    for point in result.points:
+        assert point.total().errors == point.total_writes().errors == {}
+        assert point.total_writes().arrived == pytest.approx(10, abs=9)
+    with server.client() as client:
+        assert (client.get("wide", {"user_id": np.arange(1, 101)}).values == 7.5).all()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--rate", "fast"], 2, "is not numbers"),
+        (["--rate", "0"], 1, "over 0"),
+        (["--processes", "0"], 1, "processes"),
+        (["--write", "numbers"], 2, "go together"),
+        (["--write", "nosuch", "--write-file", __file__], 1, "nosuch"),
+        (["--write", "numbers", "--write-file", __file__], 1, "ends in .py"),
+    ],
+)
+def test_the_verb_refuses_loads_that_are_none(words: list[str], code: int, message: str, server: Server) -> None:
+    """A rate, a number of processes or writes that cannot be are one message, and no load."""
+    told = run_verb("load-test", "wide", "user_id=1", "--server", server.address, *words, code=code)
+    assert message in " ".join(told.stderr.split())
+    assert told.stdout == ""
 
 
 @pytest.mark.parametrize(
