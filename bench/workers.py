@@ -177,9 +177,9 @@ def threads_s(server: servers.Server) -> dict[int, dict[int, float]]:
 
 
 def alone_us(folder: Path, request: bytes) -> dict[str, float]:
-    """Return the median microseconds of each stage of a request, answered again and again in this process."""
+    """Return the median microseconds of each stage of a request, answered again and again as a worker does it."""
     found: defaultdict[str, list[float]] = defaultdict(list)
-    with featserve.open(folder) as opened:
+    with featserve.open(folder, follow=True) as opened:
         service = Service(opened.engine, Limits(10_000, 0), clock_us)
         for _ in range(ALONE):
             record = Record()
