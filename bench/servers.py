@@ -44,9 +44,13 @@ class Server:
         assert self._process.stdout is not None
         self._process.stdout.close()
 
+    def processes(self) -> list[psutil.Process]:
+        """Return its process and those that it has started."""
+        return [self._watched, *self._watched.children(recursive=True)]
+
     def cpu_s(self) -> float:
         """Return the seconds of processor time that it has taken, with the processes that it has started."""
-        times = [process.cpu_times() for process in (self._watched, *self._watched.children(recursive=True))]
+        times = [process.cpu_times() for process in self.processes()]
         return float(sum(t.user + t.system for t in times))
 
     def memory_mb(self) -> float:
