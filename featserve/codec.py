@@ -28,7 +28,7 @@ Batches are encoded and decoded as arrays; nothing here touches one cell at a ti
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,9 +48,12 @@ MAX_STRINGS_BYTES = 256 << 20
 """The most that the strings of one view may take in one answer: a request can name a large row ten thousand times."""
 BLOCK_ROWS = 4_096
 """Rows encoded at once: a block stays in the processor's cache while its columns are written across it."""
+FEW = 8
+"""So many keys take no longer one by one than as an array."""
 
 _SIGN = np.uint64(1 << 63)
-_RAW = {width: np.dtype(f"V{width}") for width in (1, 4, 8)}
+_RAW = {width: np.dtype(f"V{width}") for width in (1, 4, 8, 12, 16)}
+_PREFIXED = {width: np.dtype([("prefix", np.uint64), ("key", f">i{width}")]) for width in (4, 8)}
 # One run of values for each stored dtype, widest first.
 _RUNS = ("<f8", "<i8", "<f4", "<i4", "|b1")
 
@@ -68,6 +71,23 @@ def encode_keys(columns: Sequence[Column]) -> list[bytes]:
     last = len(columns) - 1
     parts = [_key_part(col, i == last) for i, col in enumerate(columns)]
     return parts[0] if last == 0 else [b"".join(part) for part in zip(*parts, strict=True)]
+
+
+def keys_under(columns: Sequence[Column]) -> Callable[[bytes], list[bytes]]:
+    """Return what gives the keys of n entities as a store has them, under a prefix; see ``encode_keys``."""
+    first = columns[0]
+    if len(columns) > 1 or first.offsets is not None or len(first.values) < FEW:
+        keys = encode_keys(columns)
+        return lambda prefix: [prefix + key for key in keys]
+    whole = np.empty(len(first.values), _PREFIXED[first.values.itemsize])
+    whole["key"] = first.values
+
+    def under(prefix: bytes) -> list[bytes]:
+        whole["prefix"] = np.frombuffer(prefix, np.uint64)
+        made: list[bytes] = whole.view(_RAW[whole.itemsize]).tolist()
+        return made
+
+    return under
 
 
 def _key_part(col: Column, last: bool) -> list[bytes]:
@@ -237,7 +257,7 @@ class RowCodec:
         width = self.width
         if not self.variable:
             data = b"".join(rows)
-            if len(data) != len(rows) * width or (len(rows) > 1 and set(map(len, rows)) != {width}):
+            if len(data) != len(rows) * width or not all(rows):  # one too long moves the head of another
                 raise self.corrupt(rows)
             return Rows(np.frombuffer(data, self.dtype), None, None)
         data = b"".join([row[:width] for row in rows])

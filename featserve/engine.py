@@ -7,7 +7,7 @@ parameter) and, on the read path, looks up no definition, takes no lock and touc
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from featserve.batch import Arrival, EntityKeys, EventBatch, Pushed, Written
 from featserve.checks import check_rows
-from featserve.codec import Rows, check_key_sizes, encode_keys
+from featserve.codec import Rows, check_key_sizes, keys_under
 from featserve.errors import invalid
 from featserve.matrix import FeatureMatrix, Status
 from featserve.plan import Plans, PushPlan, ReadPlan, ViewRead, WritePlan
@@ -55,7 +55,7 @@ def read(
     wanted = _encode(plan, keys)
     if stages is not None:
         stages.begin("store read")
-    found = _read_distinct(store, wanted)
+    found = store.read_many(wanted)
     rows, schema = keys.count, plan.schema
     status = np.empty((rows, len(plan.views)), np.uint8)
     status.fill(1)  # Status.PRESENT
@@ -90,28 +90,16 @@ def read(
 
 def _encode(plan: ReadPlan, keys: EntityKeys) -> list[bytes]:
     """Return the store's keys, view by view; views of one entity share the encoding of its columns."""
-    parts: dict[tuple[str, ...], list[bytes]] = {}
+    encoded: dict[tuple[str, ...], Callable[[bytes], list[bytes]]] = {}
     wanted: list[bytes] = []
     for view in plan.views:
-        part = parts.get(view.keys)
-        if part is None:
-            part = parts[view.keys] = encode_keys([keys.columns[name] for name in view.keys])
-        prefix = view.prefix
-        wanted += [prefix + key for key in part]
-        if (recent := view.recent) is not None:
-            wanted += [recent + key for key in part]
+        under = encoded.get(view.keys)
+        if under is None:
+            under = encoded[view.keys] = keys_under([keys.columns[name] for name in view.keys])
+        wanted += under(view.prefix)
+        if view.recent is not None:
+            wanted += under(view.recent)
     return wanted
-
-
-def _read_distinct(store: OnlineStore, keys: list[bytes]) -> list[bytes | None]:
-    """Read each distinct key once: rows of a batch often share an entity."""
-    if len(keys) < 8:
-        return store.read_many(keys)
-    distinct = list(dict.fromkeys(keys))
-    if len(distinct) == len(keys):
-        return store.read_many(keys)
-    found = dict(zip(distinct, store.read_many(distinct), strict=True))
-    return [found[key] for key in keys]
 
 
 @dataclass(slots=True)
@@ -252,8 +240,8 @@ def write(store: OnlineStore, plan: WritePlan, batch: EventBatch, latest_us: int
 
 def encode_rows(plan: WritePlan, batch: EventBatch) -> tuple[list[bytes], list[bytes]]:
     """Return the store's keys and rows of a checked batch."""
-    keys = encode_keys([batch.columns[name] for name in plan.view.entity.keys])
-    return [plan.prefix + key for key in keys], plan.codec.encode(batch)
+    under = keys_under([batch.columns[name] for name in plan.view.entity.keys])
+    return under(plan.prefix), plan.codec.encode(batch)
 
 
 class Engine:

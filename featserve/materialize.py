@@ -14,7 +14,7 @@ import numpy as np
 
 from featserve.batch import EventBatch, Int64s
 from featserve.checks import READ_ROWS, checked_batches
-from featserve.codec import encode_keys, key_ranks
+from featserve.codec import key_ranks, keys_under
 from featserve.definitions import Rows
 from featserve.errors import SourceError
 from featserve.plan import WritePlan
@@ -122,7 +122,7 @@ class _Chunk:
         for start in range(0, len(newest), BLOCK_ROWS):
             block = newest[start : start + BLOCK_ROWS]
             rows = plan.codec.join(fixed.take(block), None if tail is None else tail.take(block))
-            load.add([plan.prefix + key for key in encode_keys([col.take(block) for col in keys])], rows)
+            load.add(keys_under([col.take(block) for col in keys])(plan.prefix), rows)
         self._tails, self._keys = [], []
         self._rows = self._tail_bytes = 0
 

@@ -35,7 +35,7 @@ class OnlineStore(Protocol):
     """Keys to rows."""
 
     def read_many(self, keys: list[bytes]) -> list[bytes | None]:
-        """Return the row of each key, None where there is none, in the order of ``keys``.
+        """Return the row of each key, None where there is none, in the order of ``keys``, which may repeat.
 
         Of a write, all rows are of before it or all of after it.
         """

@@ -124,11 +124,11 @@ class RocksStore:
         state = cache.state
         rows = cache.get(keys)
         if None in rows:
-            missed = [key for key, row in zip(keys, rows, strict=True) if row is None]
-            found = self._read(missed)
-            cache.add(missed, found, state)
-            rest = iter(found)
-            rows = [next(rest) if row is None else row for row in rows]
+            missed = list({key: None for key, row in zip(keys, rows, strict=True) if row is None})
+            read = self._read(missed)
+            cache.add(missed, read, state)
+            found = dict(zip(missed, read, strict=True))
+            rows = [found[key] if row is None else row for key, row in zip(keys, rows, strict=True)]
         # Rows of before a write and of after it do not go together; all from RocksDB in one call do.
         return self._read(keys) if state & 1 or state != cache.state else rows
 

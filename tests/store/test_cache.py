@@ -11,6 +11,7 @@ import pytest
 
 from featserve.store import open_store
 from featserve.store.cache import ROW_BYTES, RowCache
+from featserve.store.rocksdb import RocksStore
 
 
 def key(number: int) -> bytes:
@@ -134,3 +135,22 @@ def test_readers_beside_a_writer_never_see_a_row_go_back(tmp_path: Path) -> None
         store.close()
     assert not went_back
     assert min(reads) > 20
+
+
+def test_a_key_that_repeats_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of keys that are not in the cache each is read from RocksDB once, wherever and however often it stands."""
+    store = open_store(tmp_path / "store", "write", block_cache_mb=8, row_cache_mb=1)
+    assert isinstance(store, RocksStore)
+    store.write_many([key(1), key(2)], [bytes(32), bytes(33)])
+    asked: list[list[bytes]] = []
+    read = store._read
+
+    def noted(keys: list[bytes]) -> list[bytes | None]:
+        asked.append(keys)
+        return read(keys)
+
+    monkeypatch.setattr(store, "_read", noted)
+    assert store.read_many([key(1), key(3), key(1), key(2), key(3)]) == [bytes(32), None, bytes(32), bytes(33), None]
+    assert store.read_many([key(2), key(2), key(3)]) == [bytes(33), bytes(33), None]
+    assert asked == [[key(1), key(3), key(2)], [key(3)]]
+    store.close()
