@@ -63,7 +63,7 @@ class Aggregator:
     (n,), from their values of shape (n,) and their order. ``merge``: the partials of groups of consecutive rows, each
     of at least one, that begin at ``starts`` (int64). ``finalize``: values and, where some may be null, which are not;
     both of shape (n,). ``made_of``: the aggregates whose partials, one after the other, are its own; records that keep
-    those keep nothing for it.
+    those keep nothing for it. ``ufunc``: what merges two groups, partial by partial, where that is one function.
     """
 
     output: Type
@@ -73,6 +73,7 @@ class Aggregator:
     finalize: Callable[[Partials], tuple[Array, Mask | None]]
     sql: Sql
     made_of: tuple[str, ...] = ()
+    ufunc: np.ufunc | None = None
 
 
 def _is_number(type: Type | None) -> bool:
@@ -139,6 +140,7 @@ def _sum(type: Type | None) -> Aggregator | None:
             _adding,
             _as_is,
             Sql({"s": "SUM(CAST({x} AS DOUBLE))"}, {"s": "SUM({s})"}, "{s}"),
+            ufunc=np.add,
         )
     return Aggregator(
         Int64,
@@ -151,6 +153,7 @@ def _sum(type: Type | None) -> Aggregator | None:
             {"s": "SUM({s})"},
             "(CASE WHEN {s} BETWEEN -9223372036854775808 AND 9223372036854775807 THEN CAST({s} AS BIGINT) END)",
         ),
+        ufunc=np.add,
     )
 
 
@@ -201,6 +204,7 @@ def _extreme(name: str, merge: np.ufunc) -> Callable[[Type | None], Aggregator |
                 {"v": f"{name.upper()}({{v}})"},
                 "{v}",
             ),
+            ufunc=merge,
         )
 
     return of

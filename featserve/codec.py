@@ -208,26 +208,53 @@ class RowCodec:
                 run, at = self.place[f.name]
                 fixed[run][:, at : at + f.type.length] = self._filled(f, col, block).reshape(len(fixed), -1)
         words[:, 4:] = _pack(validity)
-        return self._pack_strings(fixed, batch, block) if self.variable else None
+        return self._pack_strings(fixed, batch.columns, block) if self.variable else None
+
+    def finish(self, fixed: Array, event_time_us: Int64s, valid: Mask, strings: Mapping[str, Column]) -> Rows:
+        """Return rows that are made in place: ``fixed`` of ``dtype`` and shape (n,), all but its heads and strings.
+
+        ``event_time_us``: all three times of each row. ``valid``: of shape (features, n); in the places of nulls of
+        fixed width may be anything.
+        """
+        words = fixed["words"]
+        words[:, 0] = self.lowest[0]
+        words[:, 1:4] = (event_time_us.view(np.uint64) ^ _SIGN)[:, None]
+        if np.count_nonzero(valid) == valid.size:
+            words[:, 4:] = self.lowest[4:]
+        else:
+            words[:, 4:] = _pack(valid.T)
+            for f, there in zip(self.features, valid, strict=True):
+                if not (f.type.variable or there.all()):
+                    run, at = self.place[f.name]
+                    fixed[run][~there, at : at + f.type.length] = self._filler(f)
+        if not self.variable:
+            return Rows(fixed, None, None)
+        tail = self._pack_strings(fixed, strings, slice(0, len(fixed)))
+        assert tail.offsets is not None
+        return Rows(fixed, tail.values, tail.offsets[:-1])
 
     def _filled(self, f: Field, col: Column, block: slice) -> Array:
         """Return the block's values with the default, NaN or zero in the place of the nulls."""
         values = col.values[block]
         if col.valid is None:
             return values
-        default = self.defaults.get(f.name)
-        filler = default.values[0] if default is not None else np.nan if f.type.floating else 0
         valid = col.valid[block]
-        return np.where(valid[:, None] if f.type.vector else valid, values, np.asarray(filler, values.dtype))
+        filler = np.asarray(self._filler(f), values.dtype)
+        return np.where(valid[:, None] if f.type.vector else valid, values, filler)
 
-    def _pack_strings(self, fixed: Array, batch: EventBatch, block: slice) -> Column:
+    def _filler(self, f: Field) -> Any:
+        """Return what stands in the place of a null."""
+        default = self.defaults.get(f.name)
+        return default.values[0] if default is not None else np.nan if f.type.floating else 0
+
+    def _pack_strings(self, fixed: Array, columns: Mapping[str, Column], block: slice) -> Column:
         """Return the bytes of the strings of each row, interleaved in one gather; write where they end to ``fixed``."""
         pools: list[Array] = []
         base = 0
         shape = (len(fixed), len(self.variable))
         starts, lengths = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         for i, name in enumerate(self.variable):
-            col = batch.columns[name]
+            col = columns[name]
             assert col.offsets is not None
             first, stop = col.offsets[:-1][block], col.offsets[1:][block]
             data = col.values[first[0] : stop[-1]]

@@ -10,13 +10,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from featserve.aggregates import Order
+from featserve.aggregates import Aggregator, Order
 from featserve.batch import Int64s
+from featserve.definitions import Rolling
 from featserve.series import MAX_WAITING, Events, Layout, Measure, Run, Series, State
 from featserve.types import Array, Mask
 from featserve.windows import first_periods, periods
 
 Columns = Sequence[Array]
+FILLED = 16
+"""Buckets that have structs in any case, from the first of an entity to the last, where that is so few."""
 
 
 @np.errstate(all="ignore")  # sums may overflow, and infinities cancel out
@@ -183,19 +186,23 @@ def merged(series: Series, one: Columns, other: Columns) -> list[Array]:
     counted = len(series.operands)
     columns: list[Array] = [a + b for a, b in zip(one[:counted], other[:counted], strict=True)]
     for measure in series.measures:
-        mine, theirs = one[measure.count] > 0, other[measure.count] > 0
-        a, b = ([side[part] for part in measure.parts] for side in (one, other))
-        both = np.flatnonzero(mine & theirs)
-        pairs = tuple(np.stack([x[both], y[both]], axis=1).ravel() for x, y in zip(a, b, strict=True))
-        joined: Columns = a if not len(both) else measure.aggregator.merge(pairs, np.arange(0, 2 * len(both), 2))
-        if len(both) < len(mine):
-            parts = [np.where(mine, x, y) for x, y in zip(a, b, strict=True)]
-            if len(both):
-                for part, new in zip(parts, joined, strict=True):
-                    part[both] = new
-            joined = parts
-        columns += joined
+        sides = ([side[part] for part in measure.parts] for side in (one, other))
+        columns += joined(measure.aggregator, one[measure.count] > 0, other[measure.count] > 0, *sides)
     return columns
+
+
+def joined(aggregator: Aggregator, mine: Mask, theirs: Mask, a: Columns, b: Columns) -> list[Array]:
+    """Return the partials of n pairs of groups, ``a`` and ``b``, where they are ``mine`` and ``theirs``."""
+    both = mine & theirs
+    parts = [np.where(mine, x, y) for x, y in zip(a, b, strict=True)]
+    if aggregator.ufunc is not None:
+        for part, x, y in zip(parts, a, b, strict=True):
+            aggregator.ufunc(x, y, out=part, where=both)
+    elif len(rows := np.flatnonzero(both)):
+        pairs = tuple(np.stack([x[rows], y[rows]], axis=1).ravel() for x, y in zip(a, b, strict=True))
+        for part, new in zip(parts, aggregator.merge(pairs, np.arange(0, 2 * len(rows), 2)), strict=True):
+            part[rows] = new
+    return parts
 
 
 def _united(series: Series, one: Run, other: Run) -> Run:
@@ -236,6 +243,25 @@ def _ranks(one: Run, other: Run) -> tuple[Int64s, Int64s]:
     distinct, ranks = np.unique(np.concatenate([one.number, other.number]), return_inverse=True)
     mine, theirs = np.split(ranks, [len(one.number)])
     return one.owner * len(distinct) + mine, other.owner * len(distinct) + theirs
+
+
+def filled(series: Series, run: Run) -> Run:
+    """Return a run with structs for buckets that no event is in, where those make it at most twice as long.
+
+    What stands for such a bucket and all later ones is the struct of the next one. A read finds its first bucket by
+    counting where every bucket has a struct.
+    """
+    if not len(run.owner) or series.distinct is not None or isinstance(series.windows[0], Rolling):
+        return run
+    starts = np.flatnonzero(np.append(True, run.owner[1:] != run.owner[:-1]))
+    sizes = np.diff(starts, append=len(run.owner))
+    span = run.number[starts + sizes - 1] - run.number[starts] + 1
+    repeats = np.diff(run.number, prepend=0)
+    repeats[starts] = 1
+    repeats[np.repeat(span > np.maximum(2 * sizes, FILLED), sizes)] = 1
+    rows = np.repeat(np.arange(len(repeats)), repeats)
+    before = np.cumsum(repeats)[rows] - 1 - np.arange(len(rows))
+    return Run(run.owner[rows], run.number[rows] - before, tuple(c[rows] for c in run.columns))
 
 
 def _latest(run: Run) -> Run:

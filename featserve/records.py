@@ -12,27 +12,28 @@ A record is words of 8 bytes, little-endian but for the first:
     ...      the structs of each series, as ``series.Series`` says; waiting events; strings, each once
 
 A string's word is where it starts, in bytes from the first, times 2^32, plus its length. Narrower values are widened to
-int64 or float64. A read finds, for all windows of all rows at once, the struct of the first bucket by bisection, and
-takes from it what stands for the whole window. What is kept in two parts (``Layout.in_parts``) is two records: a read
-finds a struct in each, and merges the two. Knows no store and no clock.
+int64 or float64. A read finds, for all windows of all rows at once, the struct of the first bucket: by counting where
+each bucket has one, else by bisection. It takes from it the words that stand for the whole window, of which ``finals``
+makes rows. What is kept in two parts (``Layout.in_parts``) is two records: a read finds a struct in each, and merges
+the two. Knows no store and no clock.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
-from featserve.aggregates import DType
-from featserve.batch import EventBatch, Int64s
+from featserve.batch import Int64s
 from featserve.codec import MAGIC, MAX_ROW_BYTES, VERSION, RowCodec, Rows
 from featserve.definitions import FeatureView
 from featserve.errors import CorruptRow, TooLarge, invalid
-from featserve.folding import fold, merged
-from featserve.series import Events, Layout, Measure, Place, Pool, Run, Series, State, value_dtype
-from featserve.types import NEVER_US, Array, Column, Mask, Type, from_us, gather
+from featserve.finals import Finals, Strings, from_words, to_words
+from featserve.folding import filled, fold
+from featserve.series import Events, Layout, Measure, Pool, Run, Series, State, value_dtype
+from featserve.types import NEVER_US, Array, Mask, from_us
 from featserve.windows import first_period, first_periods, starts
 
 KIND = 2
@@ -44,25 +45,28 @@ Coded = tuple[Int64s, Array, Mask]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Parsed:
-    """n records in one array of words. ``header``: shape (n, words). ``base``: where each starts, shape (n,)."""
+    """n records in one array of ``words``, with zeros behind them. ``header``: shape (words of it, n)."""
 
     data: bytes
     words: Int64s
     header: Int64s
-    base: Int64s
     structs: Int64s
-    """Where the structs of each series start, shape (n, series), and the waiting events behind them."""
+    """Where the structs of each series start, and the waiting events behind them: shape (series + 1, n)."""
+    strings: Int64s
+    """Where the strings of each start, in bytes, shape (n,)."""
 
     @property
     def counts(self) -> Int64s:
-        return self.header[:, COUNTS:]
+        return self.header[COUNTS:]
 
 
-class _Structs(NamedTuple):
-    """The first struct of one cut in each of n records, shape (n, words), and how many are there from it on."""
+class _Firsts(NamedTuple):
+    """The first bucket of each cut, shape (cuts, 1), and the earliest start, at any instant from one up to another."""
 
-    words: Int64s
-    held: Int64s
+    since_us: int
+    until_us: int
+    firsts: Int64s
+    earliest: Int64s
 
 
 class RecordCodec:
@@ -75,10 +79,16 @@ class RecordCodec:
         self._head_word = np.frombuffer(self.head, "<i8")[0]
         series = self.layout.series
         self._header = COUNTS + len(series)
+        self._header_places = np.arange(self._header)[:, None]
         self._widths = np.array([s.width for s in series], np.int64)
         self._waiting_width = 3 + 2 * len(self.layout.operands)
+        self._nothing = bytes(8 * int(self._widths.max()))
         self._cut_series = np.array([number for number, _ in self.layout.cuts], np.int64)
-        self._cut_widths = self._widths[self._cut_series]
+        self._cut_widths: Int64s = self._widths[self._cut_series, None]
+        self._shared = np.flatnonzero([series[number].distinct is not None for number in self._cut_series])
+        """The cuts of which a bucket may have many structs."""
+        self._finals = Finals(self.layout, self.rows)
+        self._kept = _Firsts(0, 0, np.zeros((0, 1), np.int64), np.zeros(1, np.int64))
         self.empty = self.encode(State.empty(self.layout, 1), Pool())[0]
         """The record of an entity without an event."""
 
@@ -101,15 +111,16 @@ class RecordCodec:
         """
         found = [self.empty if record is None else record for record in records]
         rows = len(found)
-        split = [i for i, part in enumerate(recent) if part is not None and part != self.empty]
-        parsed = self._parse([*found, *(part for i in split if (part := recent[i]) is not None)])
-        exact, newest = parsed.header[:rows, EXACT], parsed.header[:rows, NEWEST]
-        if split:
+        parts = [(i, part) for i, part in enumerate(recent) if part is not None and part != self.empty]
+        split = np.fromiter((i for i, _ in parts), np.int64, len(parts))
+        parsed = self._parse([*found, *(part for _, part in parts)])
+        exact, newest = parsed.header[EXACT, :rows], parsed.header[NEWEST, :rows]
+        if parts:
             exact, newest = exact.copy(), newest.copy()
-            exact[split] = np.maximum(exact[split], parsed.header[rows:, EXACT])
-            newest[split] = np.maximum(newest[split], parsed.header[rows:, NEWEST])
+            exact[split] = np.maximum(exact[split], parsed.header[EXACT, rows:])
+            newest[split] = np.maximum(newest[split], parsed.header[NEWEST, rows:])
         instants = None
-        if exact.max() > now_us:
+        if np.maximum.reduce(exact) > now_us:
             if as_of:
                 raise invalid(
                     "as_of",
@@ -117,37 +128,26 @@ class RecordCodec:
                     f"{from_us(now_us)} is before: ask for that instant or a later one",
                 )
             instants = np.maximum(exact, now_us)
-        if parsed.header[:, WAITING].any():
+        if np.count_nonzero(parsed.header[WAITING]):
             settled = self._settled(found, parsed, now_us)
             if settled is not None:
                 return self.read(settled, now_us, recent=recent)
         firsts, earliest = self._firsts(now_us, instants)
-        at, held = self._bisected(parsed, firsts if instants is None else np.append(firsts, firsts[split], axis=0))
-        structs = [
-            _Structs(parsed.words.take(at[:, i, None] + np.arange(width), mode="clip"), held[:, i])
-            for i, width in enumerate(self._cut_widths.tolist())
-        ]
-        if split:
-            structs = [
-                self._joined(self.layout.series[series], found, rows, split)
-                for series, found in zip(self._cut_series.tolist(), structs, strict=True)
-            ]
-        columns = {
-            f.name: self._feature(parsed, place, structs[place.cut], f.type)
-            for f, place in zip(self.rows.features, self.layout.places, strict=True)
-        }
+        if parts and instants is not None:
+            firsts = np.append(firsts, firsts[:, split], axis=1)
+        at, held = self._found(parsed, firsts)
+        words = parsed.words.take(at[self._finals.cuts] + self._finals.offsets, mode="clip")
+        if parts:
+            words[:, split] = self._finals.merged(words[:, split], words[:, rows:])
         event_time_us = np.where(newest < earliest, NEVER_US, newest)
-        fixed = np.empty(rows, self.rows.dtype)
-        tail = self.rows.pack(EventBatch(columns, event_time_us, event_time_us, event_time_us), fixed)
-        if tail is None or tail.offsets is None:
-            return Rows(fixed, None, None)
-        return Rows(fixed, tail.values, tail.offsets[:-1])
+        strings = Strings(np.frombuffer(parsed.data, np.uint8), parsed.strings)
+        return self._finals.rows(words[:, :rows], held[:, :rows], event_time_us, strings)
 
     def _settled(self, records: list[bytes], parsed: _Parsed, now_us: int) -> list[bytes] | None:
         """Return the records with the events folded that have become visible since they were written, if any have."""
-        waiting = parsed.header[: len(records), WAITING]  # nothing waits in what came lately
+        waiting = parsed.header[WAITING, : len(records)]  # nothing waits in what came lately
         owner = np.repeat(np.arange(len(records)), waiting)
-        at = _places(parsed.structs[: len(records), -1], waiting, self._waiting_width)
+        at = _places(parsed.structs[-1, : len(records)], waiting, self._waiting_width)
         visible = np.maximum(parsed.words[at], parsed.words[at + 1]) <= now_us
         if not visible.any():
             return None
@@ -159,85 +159,76 @@ class RecordCodec:
         return [settled.get(i, record) for i, record in enumerate(records)]
 
     def _firsts(self, now_us: int, instants: Int64s | None) -> tuple[Int64s, Int64s]:
-        """Return the first bucket of each cut, shape (1 or n, cuts), and the earliest start of all, shape (1 or n,)."""
+        """Return the first bucket of each cut, shape (cuts, 1 or n), and the earliest start of all, shape (1 or n,)."""
         windows = [window for _, window in self.layout.cuts]
-        if instants is None:
-            found = np.array([first_period(window, now_us) for window in windows], np.int64)
-            return found[None, :, 0], found[:, 1].min(keepdims=True)
-        firsts = np.stack([first_periods(window, instants) for window in windows], axis=1)
-        return firsts, np.minimum.reduce([starts(window, instants) for window in windows])
+        if instants is not None:
+            firsts = np.stack([first_periods(window, instants) for window in windows])
+            return firsts, np.minimum.reduce([starts(window, instants) for window in windows])
+        kept = self._kept
+        if not kept.since_us <= now_us < kept.until_us:
+            numbers, begins, ends = zip(*(first_period(window, now_us) for window in windows), strict=True)
+            firsts = np.array(numbers, np.int64)[:, None]
+            kept = self._kept = _Firsts(now_us, min(ends), firsts, np.array([min(begins)], np.int64))
+        return kept.firsts, kept.earliest
 
-    def _bisected(self, parsed: _Parsed, firsts: Int64s) -> tuple[Int64s, Int64s]:
-        """Return where the struct of the first bucket of each cut is, and how many are there from it on: (n, cuts)."""
-        counts, width = parsed.counts[:, self._cut_series], self._cut_widths
-        at = parsed.structs[:, self._cut_series]
-        end = at + counts * width
-        for power in range(int(counts.max()).bit_length() - 1, -1, -1):
-            # All structs up to the one that this many further on is the last of, if that is there and before the first.
-            step = width << power
-            looked = at + (step - width)
-            before = parsed.words.take(looked, mode="clip") < firsts
-            before &= looked < end
-            at = at + before * step
-        return at, (end - at) // width
+    def _found(self, parsed: _Parsed, firsts: Int64s) -> tuple[Int64s, Int64s]:
+        """Return where the struct of the first bucket of each cut is, that of zeros where there is none: (cuts, n).
 
-    def _joined(self, series: Series, structs: _Structs, rows: int, split: Sequence[int]) -> _Structs:
-        """Return the structs of ``rows`` records, those behind them merged in: of the other parts of ``split``."""
-        words, held = structs.words[:rows], structs.held[:rows]
-        sides = []
-        for part, there in ((words[split], held[split] > 0), (structs.words[rows:], structs.held[rows:] > 0)):
-            columns = [_from_words(part[:, 1 + k], dtype) for k, dtype in enumerate(series.dtypes)]
-            counted = len(series.operands)
-            sides.append([*(column * there for column in columns[:counted]), *columns[counted:]])
-        for k, column in enumerate(merged(series, *sides)):
-            words[split, 1 + k] = _to_words(column)
-        held[split] += structs.held[rows:]
-        return _Structs(words, held)
+        And how many structs there are from it on, of the same shape.
+        """
+        words, width = parsed.words, self._cut_widths
+        counts, begin = parsed.counts[self._cut_series], parsed.structs[self._cut_series]
+        low, high = self._bracket(words, counts, begin, firsts)
+        for power in range(int((high - low).max()).bit_length() - 1, -1, -1):
+            # All structs up to the one that is this many further on, if it is there and before the first bucket.
+            looked = low + ((1 << power) - 1)
+            before = words.take(begin + looked * width, mode="clip") < firsts
+            before &= looked < high
+            low += before.astype(np.int64) << power
+        held = counts - low
+        return np.where(held > 0, begin + low * width, len(words) - width), held
 
-    def _feature(self, parsed: _Parsed, place: Place, structs: _Structs, type: Type) -> Column:
-        """Return one feature from the structs of its cut."""
-        if place.count is None:
-            return Column(type, structs.held)
-        count = structs.words[:, 1 + place.count] * (structs.held > 0)
-        if place.measure is None:
-            return Column(type, count)
-        measure, valid = place.measure, count > 0
-        parts = [
-            _from_words(structs.words[:, 1 + part], dtype)
-            for part, dtype in zip(measure.parts, measure.aggregator.dtypes, strict=True)
-        ]
-        if measure.coded:
-            word = np.where(valid, parts[-1], 0)
-            start = 8 * (parsed.structs[:, -1] + parsed.header[:, WAITING] * self._waiting_width)
-            strings = np.frombuffer(parsed.data, np.uint8)
-            return gather(type, strings, start + (word >> 32), word & 0xFFFFFFFF, None if valid.all() else valid)
-        values, known = measure.aggregator.finalize(tuple(parts))
-        if known is not None:
-            valid = valid & known
-        return Column(type, values, None, None if valid.all() else valid)
+    def _bracket(self, words: Int64s, counts: Int64s, begin: Int64s, firsts: Int64s) -> tuple[Int64s, Int64s]:
+        """Return between which structs of each cut the first of its bucket, or of a later one, is: both (cuts, n).
+
+        Where each bucket has one struct, that is at most as far from an end of the series as their numbers are apart:
+        what is left are as many structs as buckets between the ends have none, and none at all where all have.
+        """
+        end = counts - 1
+        first = words.take(begin, mode="clip")
+        last = words.take(begin + end * self._cut_widths, mode="clip")
+        # Unsigned, as two numbers may be further apart than int64 tells.
+        ahead = (np.maximum(first, firsts) - first).view(np.uint64)
+        behind = (np.maximum(last, firsts) - firsts).view(np.uint64)
+        high = np.minimum(ahead, counts.view(np.uint64)).view(np.int64)
+        low = np.maximum(end - np.minimum(behind, counts.view(np.uint64)).view(np.int64), 0)
+        if len(self._shared):
+            low[self._shared], high[self._shared] = 0, counts[self._shared]
+        return low, high
 
     # Records as they are stored
 
     def _parse(self, records: Sequence[bytes]) -> _Parsed:
         """Return records as words; raises CorruptRow for what is none of this view."""
-        data = b"".join(records)
-        lengths = np.fromiter(map(len, records), np.int64, len(records))
-        if (lengths & 7).any() or lengths.min(initial=8 * self._header) < 8 * self._header:
+        data = b"".join([*records, self._nothing])
+        if len(data) & 7:
             raise self._corrupt(records)
+        ends = np.fromiter(map(len, records), np.int64, len(records)).cumsum()
         words = np.frombuffer(data, "<i8")
-        base = (np.cumsum(lengths) - lengths) >> 3
-        header = words.take(base[:, None] + np.arange(self._header))
-        counts, waiting, strings = header[:, COUNTS:], header[:, WAITING], header[:, STRINGS]
-        sizes = np.concatenate([np.full((len(records), 1), self._header), counts * self._widths], axis=1)
-        structs = base[:, None] + np.cumsum(sizes, axis=1)
-        whole = structs[:, -1] - base + waiting * self._waiting_width + ((strings + 7) >> 3)
-        if (
-            (header[:, 0] != self._head_word).any()
-            or header[:, WAITING:].min(initial=0) < 0
-            or (whole << 3 != lengths).any()
-        ):
+        base = np.zeros(len(records), np.int64)
+        base[1:] = ends[:-1] >> 3
+        header = words.take(base + self._header_places, mode="clip")
+        sizes = np.empty((len(self._widths) + 1, len(records)), np.int64)
+        np.add(base, self._header, out=sizes[0])
+        np.multiply(header[COUNTS:], self._widths[:, None], out=sizes[1:])
+        structs = sizes.cumsum(axis=0)
+        strings = (structs[-1] + header[WAITING] * self._waiting_width) << 3
+        # The first record that is shorter than its header is not as long as that says.
+        wrong = header[0] != self._head_word
+        wrong |= strings + ((header[STRINGS] + 7) & -8) != ends
+        if np.count_nonzero(wrong) or np.count_nonzero(header[WAITING:] < 0):
             raise self._corrupt(records)
-        return _Parsed(data, words, header, base, structs)
+        return _Parsed(data, words, header, structs, strings)
 
     def _corrupt(self, records: Sequence[bytes]) -> CorruptRow:
         """Say which record is wrong, and how."""
@@ -265,30 +256,30 @@ class RecordCodec:
         """Return the state of n records, their strings in ``pool``; raises CorruptRow."""
         parsed = self._parse(records)
         words, entities = parsed.words, np.arange(len(records))
-        strings = _Strings(parsed, self._waiting_width, pool)
+        strings = _Strings(parsed, pool)
         runs = []
         for i, series in enumerate(self.layout.series):
-            owner = np.repeat(entities, parsed.counts[:, i])
-            at = _places(parsed.structs[:, i], parsed.counts[:, i], series.width)
-            columns: list[Array] = [_from_words(words[at + 1 + k], d) for k, d in enumerate(series.dtypes)]
+            owner = np.repeat(entities, parsed.counts[i])
+            at = _places(parsed.structs[i], parsed.counts[i], series.width)
+            columns: list[Array] = [from_words(words[at + 1 + k], d) for k, d in enumerate(series.dtypes)]
             for measure in series.measures:
                 if measure.coded:
                     last = measure.parts[-1]
                     columns[last] = strings.codes(owner, columns[last], _there(series, measure, columns))
             runs.append(Run(owner, words[at], tuple(columns)))
         return State(
-            parsed.header[:, EXACT],
-            parsed.header[:, NEWEST],
-            parsed.header[:, SEEN],
+            parsed.header[EXACT],
+            parsed.header[NEWEST],
+            parsed.header[SEEN],
             tuple(runs),
             self._decode_waiting(parsed, strings),
         )
 
     def _decode_waiting(self, parsed: _Parsed, strings: _Strings) -> Events:
-        counts = parsed.header[:, WAITING]
+        counts = parsed.header[WAITING]
         if not counts.any():
             return Events.none(self.layout)
-        at = _places(parsed.structs[:, -1], counts, self._waiting_width)
+        at = _places(parsed.structs[-1], counts, self._waiting_width)
         block = parsed.words[at[:, None] + np.arange(self._waiting_width)]
         owner = np.repeat(np.arange(len(counts)), counts)
         taken = block[:, 3::2] != 0
@@ -300,11 +291,13 @@ class RecordCodec:
             elif operand.coded:
                 values.append(strings.codes(owner, word, taken[:, i]))
             else:
-                values.append(_from_words(word, value_dtype(operand)))
+                values.append(from_words(word, value_dtype(operand)))
         return Events(owner, block[:, 0], block[:, 1], block[:, 2], taken, tuple(values))
 
     def encode(self, state: State, pool: Pool) -> list[bytes]:
         """Return the record of each entity. Raises TooLarge for one of over 64 MiB."""
+        runs = [filled(series, run) for series, run in zip(self.layout.series, state.runs, strict=True)]
+        state = replace(state, runs=tuple(runs))
         heap = _Heap(pool, len(state), self._coded(state))
         header = np.zeros((len(state), self._header), np.int64)
         header[:, 0] = self._head_word
@@ -333,7 +326,7 @@ class RecordCodec:
                 if measure.coded:
                     columns[measure.parts[-1]] = next(strings)
             for k, column in enumerate([run.number, *columns]):
-                out[at + k] = _to_words(column)
+                out[at + k] = to_words(column)
         waiting, ends = state.waiting, structs[:, -1]
         at = _places(ends, header[:, WAITING], self._waiting_width)
         for k, times in enumerate((waiting.event_time_us, waiting.known_at_us, waiting.sequence)):
@@ -341,7 +334,7 @@ class RecordCodec:
         for i, (operand, values) in enumerate(zip(self.layout.operands, waiting.values, strict=True)):
             out[at + 3 + 2 * i] = waiting.taken[:, i]
             if values is not None:
-                out[at + 4 + 2 * i] = next(strings) if operand.coded else _to_words(values)
+                out[at + 4 + 2 * i] = next(strings) if operand.coded else to_words(values)
         heap.write(out, ends + header[:, WAITING] * self._waiting_width)
 
     def _coded(self, state: State) -> list[Coded]:
@@ -361,9 +354,8 @@ class RecordCodec:
 class _Strings:
     """The strings of parsed records, as codes of a pool."""
 
-    def __init__(self, parsed: _Parsed, waiting_width: int, pool: Pool) -> None:
-        self._data, self._pool = parsed.data, pool
-        self._starts = 8 * (parsed.structs[:, -1] + parsed.header[:, WAITING] * waiting_width)
+    def __init__(self, parsed: _Parsed, pool: Pool) -> None:
+        self._data, self._starts, self._pool = parsed.data, parsed.strings, pool
 
     def codes(self, owner: Int64s, words: Array, there: Mask) -> Int64s:
         """Return the code of each word, of the record ``owner``, that is ``there``; zero elsewhere."""
@@ -415,15 +407,3 @@ def _places(starts: Int64s, counts: Int64s, width: int) -> Int64s:
     """Return where each struct of each run is: ``counts`` of them from each of ``starts`` on, ``width`` apart."""
     before = np.cumsum(counts) - counts
     return np.repeat(starts - before * width, counts) + np.arange(int(counts.sum())) * width
-
-
-def _from_words(words: Int64s, dtype: DType) -> Array:
-    if dtype.kind == "f":
-        return words.view(np.float64).astype(dtype, copy=False)
-    return words != 0 if dtype.kind == "b" else words.astype(dtype, copy=False)
-
-
-def _to_words(values: Array) -> Int64s:
-    if values.dtype.kind == "f":
-        return values.astype(np.float64, copy=False).view(np.int64)
-    return values.astype(np.int64, copy=False)

@@ -60,19 +60,22 @@ def first_periods(window: Window, time_us: Int64s) -> Int64s:
     return periods(window, time_us) - window.n + 1
 
 
-def first_period(window: Window, time_us: int) -> tuple[int, int]:
-    """Return what ``first_periods`` and ``starts`` say of one instant, in a fraction of their time."""
+def first_period(window: Window, time_us: int) -> tuple[int, int, int]:
+    """Return what ``first_periods`` and ``starts`` say of one instant, in a fraction of their time.
+
+    And the instant before which they say the same of all later ones.
+    """
     if isinstance(window, Rolling):
         start_us = max(time_us - _lengths_us(window)[0] + 1, FIRST_US)
-        return start_us, start_us
+        return start_us, start_us, time_us + 1
     if isinstance(window, Hopping):
         duration_us, hop_us = _lengths_us(window)
         number = (time_us - duration_us) // hop_us
-        return number, max(number * hop_us, FIRST_US)
+        return number, max(number * hop_us, FIRST_US), (number + 1) * hop_us + duration_us
     time_us = min(max(time_us, LEAST_US), MOST_US)
     first, begins = _periods_near(window, time_us // DAY_US)
     number = first + bisect_right(begins, time_us) - window.n + 1
-    return number, period_start_us(window, number)
+    return number, period_start_us(window, number), period_start_us(window, number + window.n)
 
 
 @lru_cache(maxsize=4_096)

@@ -83,6 +83,19 @@ def test_numpy_form(rng: np.random.Generator, function: str, type: Type) -> None
         assert oracle(function, type, events).agrees(value), (function, values, value)
 
 
+@pytest.mark.parametrize(("function", "type"), CASES)
+def test_pairs_are_merged_as_groups(rng: np.random.Generator, function: str, type: Type) -> None:
+    """Where one function of NumPy merges two groups, it makes of them what the merge of many does, to the last bit."""
+    made = made_of(function, type)
+    if made.ufunc is None:
+        return
+    values = np.array(COLUMNS[type] * 2, type.dtype)
+    partials = made.prepare(rng.permutation(values), Order(*np.zeros((3, len(values)), np.int64)))
+    merged = made.merge(partials, np.arange(0, len(values), 2))
+    pairs = [made.ufunc(part[::2], part[1::2]) for part in partials]
+    assert [part.tobytes() for part in merged] == [part.tobytes() for part in pairs]
+
+
 @pytest.mark.parametrize("value", [-1, 1, -(2**31), 2**31 - 1])
 def test_sums_of_millions_of_integers_lose_nothing(value: int) -> None:
     """The sum of more integers than float64 has room for the halves of is exact, and the mean as exact as a float."""

@@ -27,6 +27,7 @@ LAYERS = (
     ("codec", "catalog", "purity", "sources", "transform", "windows"),
     ("checks", "series"),
     ("folding",),
+    ("finals",),
     ("records",),
     ("changes", "labels", "offline", "plan", "store", "trial", "wire"),
     ("push",),

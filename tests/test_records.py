@@ -195,6 +195,23 @@ def test_buckets_that_no_window_holds_are_let_go_of() -> None:
 
 
 @pytest.mark.parametrize(
+    ("every", "events", "structs"), [(2, 40, 79), (3, 40, 40), (3, 6, 16), (1, 40, 40), (160, 2, 2), (24, 1, 1)]
+)
+def test_buckets_between_others_have_structs_where_those_are_few(every: int, events: int, structs: int) -> None:
+    """As many as have an event, or up to sixteen in all; an answer is the same at every hour, with or without."""
+    codec = RecordCodec(clicks_of(Aggregate("count", "count", over=Hopping(7 * DAY, HOUR))))
+    hour_us = 3_600_000_000
+    times = [i * every * hour_us for i in range(events)]
+    record, _ = folded(codec, codec.empty, clicks(times), times[-1])
+    (run,) = codec.decode([record], Pool()).runs
+    assert len(run.number) == structs
+    for hour in range(times[-1] // hour_us, times[-1] // hour_us + 172):
+        rows = codec.read([codec.empty, record], hour * hour_us)
+        held = sum(time_us >= (hour - 168) * hour_us for time_us in times)
+        assert rows.column(Int64, codec.rows.place["count"], None).to_list() == [0, held]
+
+
+@pytest.mark.parametrize(
     ("damage", "words"),
     [
         (lambda r: r[:-8], "bytes long and should be"),

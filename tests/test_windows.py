@@ -10,7 +10,7 @@ import pytest
 
 from featserve.definitions import Calendar, Hopping, Rolling, Window
 from featserve.types import to_us
-from featserve.windows import FIRST_US, first_periods, period_start_us, periods, starts
+from featserve.windows import FIRST_US, first_period, first_periods, period_start_us, periods, starts
 from tests.windows_model import CHANGES, HOUR_US, start_us
 
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)
@@ -108,6 +108,20 @@ def test_periods_tile_time(rng: np.random.Generator, window: Hopping | Calendar)
     ):  # fmt: skip
         assert period_start_us(window, number) <= time_us < period_start_us(window, number + 1)
         assert period_start_us(window, first) == start
+
+
+PERIODS = [window for zone in ZONES for window in (Calendar(1, "month", zone), Calendar(2, "day", zone))]
+
+
+@pytest.mark.parametrize("window", [Rolling(DAY), Hopping(7 * DAY, HOUR), *PERIODS], ids=str)
+def test_one_instant_is_like_many(rng: np.random.Generator, window: Window) -> None:
+    """What is said of one instant is what is said of it among many, and holds until when it says, and no longer."""
+    for time_us in instants(rng, getattr(window, "zone", "UTC")).tolist():
+        number, start, until_us = first_period(window, time_us)
+        around = np.array([time_us, until_us - 1, until_us])
+        assert starts(window, around).tolist()[:2] == [start, start]
+        same, still, later = first_periods(window, around).tolist()
+        assert same == still == number < later
 
 
 @pytest.mark.parametrize(
