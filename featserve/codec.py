@@ -52,8 +52,8 @@ FEW = 8
 """So many keys take no longer one by one than as an array."""
 
 _SIGN = np.uint64(1 << 63)
-_RAW = {width: np.dtype(f"V{width}") for width in (1, 4, 8, 12, 16)}
-_PREFIXED = {width: np.dtype([("prefix", np.uint64), ("key", f">i{width}")]) for width in (4, 8)}
+_RAW = {width: np.dtype(f"V{width}") for width in (1, 4, 8, 9, 12, 16)}
+_PREFIXED = {width: np.dtype([("prefix", np.uint64), ("key", f">i{width}")]) for width in (1, 4, 8)}
 # One run of values for each stored dtype, widest first.
 _RUNS = ("<f8", "<i8", "<f4", "<i4", "|b1")
 

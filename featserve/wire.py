@@ -43,7 +43,7 @@ def decode_keys(columns: Iterable[pb.Column], expected: Mapping[str, Type], max_
 def plain_keys(
     columns: Sequence[pb.Column], expected: Mapping[str, Type], max_rows: int
 ) -> tuple[int, dict[str, bytes | Column]] | None:
-    """Return the number of rows of a request and its key columns, the bytes of numbers as they came.
+    """Return the number of rows of a request and its key columns, of integers the bytes as they came.
 
     For ``join_keys``. None where something is wrong that ``decode_keys`` has to name; or raises the same.
     """
@@ -54,13 +54,13 @@ def plain_keys(
         type_ = expected.get(name)
         if type_ is None or message.type != type_.code or message.length or message.validity:
             return None
-        if type_.dtype is None:
-            given[name] = column = decode_column(message, type_, f"keys.{name}", max_rows)
-            count, rest = len(column), 0
-        else:
+        if type_.dtype is not None and type_.dtype.kind == "i":
             given[name] = data = message.data
             count, rest = divmod(len(data), type_.dtype.itemsize)
             rest += len(message.offsets)
+        else:
+            given[name] = column = decode_column(message, type_, f"keys.{name}", max_rows)
+            count, rest = len(column), 0
         if rest or rows not in (-1, count):
             return None
         rows = count
@@ -72,12 +72,9 @@ def join_keys(parts: Sequence[Mapping[str, bytes | Column]], expected: Mapping[s
     columns: dict[str, Column] = {}
     for name, type_ in expected.items():
         given: list[Any] = [part[name] for part in parts]
-        columns[name] = concat(given) if type_.dtype is None else _fixed(type_, b"".join(given))
+        as_they_came = isinstance(given[0], bytes)
+        columns[name] = Column(type_, np.frombuffer(b"".join(given), type_.dtype)) if as_they_came else concat(given)
     return EntityKeys(columns, rows)
-
-
-def _fixed(type_: Type, data: bytes) -> Column:
-    return Column(type_, np.frombuffer(data, type_.dtype))
 
 
 def decode_request_columns(columns: Iterable[pb.Column], expected: Mapping[str, Type], rows: int) -> dict[str, Column]:

@@ -44,6 +44,8 @@ from featserve.wire import (
     encode_rows,
     encode_schema,
     encode_view,
+    join_keys,
+    plain_keys,
 )
 from tests.online_model import same
 from tests.random_data import (
@@ -204,6 +206,52 @@ def test_a_key_column_that_stands_twice() -> None:
     twice = [encode_column("user", column(Int64, [1]))] * 2
     with pytest.raises(InvalidRequest, match="'user' stands twice"):
         decode_keys(twice, {"user": Int64}, 10)
+
+
+def test_keys_of_several_requests_are_those_of_each(rng: np.random.Generator) -> None:
+    """Plain keys of requests, joined, are what decoding each of them gives; what decoding refuses is not plain."""
+    for _ in range(200):
+        entity = random_entity(rng, "user")
+        requests = [random_keys(rng, entity, int(rng.integers(1, 6))) for _ in range(rng.integers(1, 5))]
+        messages = [[encode_column(name, keys[name]) for name in rng.permutation(list(keys))] for keys in requests]
+        found = [plain_keys(columns, entity.keys, 10) for columns in messages]
+        counts = [len(next(iter(keys.values()))) for keys in requests]
+        assert [each and each[0] for each in found] == counts
+        joined = join_keys([each[1] for each in found if each], entity.keys, sum(counts))
+        assert joined.count == sum(counts)
+        decoded = [decode_keys(columns, entity.keys, 10).columns for columns in messages]
+        for name, col in joined.columns.items():
+            assert cells_of(col) == [cell for columns in decoded for cell in cells_of(columns[name])]
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        [],
+        [encode_column("user", column(Int64, []))],
+        [encode_column("user", column(Int64, [1] * 11))],
+        [encode_column("user", column(Int64, [1, None]))],
+        [encode_column("user", column(Int64, [1]))] * 2,
+        [encode_column("user", column(Int64, [1])), encode_column("other", column(Int64, [1]))],
+        [encode_column("user", column(Timestamp, [1]))],
+        [pb.Column(name="user", type=pb.DATA_TYPE_INT64, data=bytes(9))],
+        [pb.Column(name="user", type=pb.DATA_TYPE_INT64, data=bytes(8), length=1)],
+        [pb.Column(name="user", type=pb.DATA_TYPE_INT64, data=bytes(8), offsets=offsets(0, 8))],
+        [pb.Column(name="user", type=pb.DATA_TYPE_INT64, data=bytes(8), validity=b"\0")],
+    ],
+)
+def test_keys_that_are_wrong_are_not_plain(columns: list[pb.Column]) -> None:
+    """What is wrong with a key column is left for ``decode_keys`` to name."""
+    assert plain_keys(columns, USER.keys, 10) is None
+    with pytest.raises((InvalidRequest, TooLarge)):
+        decode_keys(columns, USER.keys, 10)
+
+
+def test_a_key_that_is_no_bool_is_refused() -> None:
+    """A bool of 2 is no plain key, either."""
+    sent = [pb.Column(name="flag", type=pb.DATA_TYPE_BOOL, data=b"\1\2")]
+    with pytest.raises(InvalidRequest, match="a bool is one byte"):
+        plain_keys(sent, {"flag": Bool}, 10)
 
 
 def test_schemas_and_views_survive_the_way(rng: np.random.Generator) -> None:
