@@ -182,7 +182,7 @@ def test_killed_processes_lose_no_event_and_count_none_twice(
     """The writer and workers are killed while events stream in: what is acknowledged counts, what is repeated once."""
     project = Project.make(tmp_path, ORDERS, workers=2, **TRANSPORTS[transport])
     users: list[Pusher] = []
-    for _ in range(3):
+    for _ in range(2):
         with Server(project) as server:
             pushers = [Pusher(server, len(users) + number) for number in range(3)]
             users += pushers
