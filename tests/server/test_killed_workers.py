@@ -123,8 +123,8 @@ def test_a_killed_worker_takes_down_its_own_calls_and_no_other(transport: str, t
             psutil.Process(killed).kill()
             go_on("all go on, on connections to whoever is left")
             until("there is another", lambda: processes(server)[1] != killed)
-            callers(server, stack)  # it takes connections, and answers
             go_on("all go on beside it")
+        callers(server, stack)  # it takes connections, and answers
         for caller in careful:
             assert set(caller.codes) == {grpc.StatusCode.OK}
         for caller, (worker, stream) in zip(plain, streams, strict=True):
@@ -182,7 +182,7 @@ def test_killed_processes_lose_no_event_and_count_none_twice(
     """The writer and workers are killed while events stream in: what is acknowledged counts, what is repeated once."""
     project = Project.make(tmp_path, ORDERS, workers=2, **TRANSPORTS[transport])
     users: list[Pusher] = []
-    for _ in range(3):
+    for _ in range(2):
         with Server(project) as server:
             pushers = [Pusher(server, len(users) + number) for number in range(3)]
             users += pushers

@@ -30,7 +30,7 @@ from featserve.store import is_held
 from tests.server.messages import numbers, refusal, wide
 from tests.server.test_drain import stored
 from tests.server.test_forward import VISITS, visit
-from tests.server.watched import fetch, watched
+from tests.server.watched import fetch
 from tests.serving import DEFINITIONS, PATIENCE_S, TRANSPORTS, Project, Server, until
 
 pytest_plugins = ["tests.served"]
@@ -348,18 +348,33 @@ def test_what_keeps_workers_from_starting_is_said(pair: Server) -> None:
 
 @pytest.mark.slow
 def test_each_worker_has_metrics(transport: str, tmp_path: Path) -> None:
-    """Every process has a page of its own, which says what it is and how far its store lags: the writer's does not."""
-    with watched(tmp_path, transport, {"workers": 2}, prometheus_port=0) as server:
+    """Every process has a page of its own, which says what it is, and how far its store lags: the writer's does not.
+
+    A worker lags ever longer until it catches up, as it does when it is asked for a write.
+    """
+    project = make(tmp_path, transport, store={"catch_up_ms": 3_600_000})
+    with (tmp_path / "featserve.toml").open("a") as settings:
+        settings.write("\n[telemetry]\nprometheus_port = 0\n")
+    with Server(project) as server, stubs(server) as all_stubs:
         pages = until(
             "all have an address",
             lambda: len(found := [e for e in server.events() if e["message"] == "metrics"]) == 3 and found,
         )
-        for event in pages:
-            text = fetch(event["address"])
-            assert f'service_instance_id="{event["worker"]}"' in text
-            lag = re.search(r"^featserve_store_lag_seconds (\S+)$", text, re.MULTILINE)
-            assert lag is not None
-            assert event["worker"] > 0 or float(lag[1]) == 0
+
+        def lags() -> dict[int, float]:
+            texts = {event["worker"]: fetch(event["address"]) for event in pages}
+            assert all(f'service_instance_id="{number}"' in text for number, text in texts.items())
+            found = {n: re.search(r"^featserve_store_lag_seconds (\S+)$", t, re.MULTILINE) for n, t in texts.items()}
+            return {number: float(match[1]) for number, match in found.items() if match is not None}
+
+        until("both workers lag", lambda: min((lag := lags())[1], lag[2]) > 1)
+        began = time.monotonic()
+        token = all_stubs[0].WriteRows(numbers([1], 1.0)).token
+        for stub in all_stubs:
+            assert stub.GetFeatures(wide(1, at_least=token)).status == PRESENT
+        caught_up = lags()
+        assert caught_up[0] == 0
+        assert 0 < max(caught_up[1], caught_up[2]) < time.monotonic() - began
 
 
 def test_spares(monkeypatch: pytest.MonkeyPatch) -> None:
