@@ -41,7 +41,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="keep the generated project here, and use it again")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="of which each then has more calls; default: 8")
     options = parser.parse_args()
-    length = BRIEF if options.brief else Length(options.rounds, -(-CALLS // options.rounds), 0.7, 3.5)
+    length = BRIEF if options.brief else Length(options.rounds, -(-CALLS // options.rounds), 0.7, 4.0)
     with tempfile.TemporaryDirectory(prefix="featserve-peers-") as temporary, ExitStack() as stack:
         machine = report.machine()
         folder = options.folder or Path(temporary) / "project"

@@ -34,6 +34,10 @@ Feast and in Redis, where they are packed; featserve stores float64 and answers 
 handler is a gRPC method that reads the same rows from RocksDB, whose row cache has as much memory as that of featserve,
 and checks nothing."""
 
+RATIOS = """\
+Ratios are medians over the rounds; those of a p99 are of all calls, and to Feast's p90 where it answered too few to
+tell its p99, which is no less."""
+
 AGAIN = """\
 It installs each peer in an environment of its own in `.peers/`, of the versions that `bench/peers/requirements/` pins,
 and writes this page and `bench/results/peers.json`, in a quarter of an hour. With `ARGS=--brief` it takes a few
@@ -80,7 +84,7 @@ def _lines(cells: Cells, targets: list[Figure], told: dict[str, Any], length: Le
         assert f.target is not None
         bound = f"{'at most' if f.at_most else 'at least'} {number(f.target)}"
         yield f"| {f.name} | {number(f.value)} | {bound} | {f.verdict} | {f.note.replace(' us', ' µs')} |"
-    yield from ("", "Ratios are medians over the rounds; those of a p99 are of all calls.", "", "## Again", "")
+    yield from ("", *_filled(RATIOS), "## Again", "")
     yield from ("```", "apt-get install redis-server nghttp2-client", "make bench-peers", "```", "")
     yield from _filled(AGAIN)
 
