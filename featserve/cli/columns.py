@@ -118,7 +118,7 @@ def read_file(path: Path, expected: Mapping[str, Type]) -> Columns:
         raise InvalidRequest(f"{path}: {error}", violations=error.violations) from None
     except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
         raise invalid(str(path), f"cannot be read as {path.suffix[1:]}: {error}") from None
-    raise invalid(str(path), f"ends in {path.suffix or 'nothing'}; a file of keys ends in {', '.join(FORMATS)}")
+    raise invalid(str(path), f"ends in {path.suffix or 'nothing'}; a file of columns ends in {', '.join(FORMATS)}")
 
 
 def _from_json(text: str, expected: Mapping[str, Type]) -> Columns:
