@@ -25,7 +25,7 @@ from featserve._proto import serving_pb2 as pb
 from featserve.codec import RowCodec, key_prefix
 from featserve.config import load_config
 from featserve.registry import Registry
-from featserve.store.rocksdb import _open, _options
+from featserve.store.database import open_database, options_of
 
 SERVICE = "featserve.v1.FeatureServingService"
 ADDRESS = "127.0.0.1:0"
@@ -38,9 +38,9 @@ def look_up(folder: Path) -> Callable[[bytes], bytes]:
     with Registry.open(config.registry.url) as registry:
         view = registry.snapshot().view(VIEW)
     prefix, head = key_prefix(view), (RowCodec(view).width - FEATURES * 8) // 8
-    options = _options(config.store.block_cache_mb)
+    options = options_of(rocksdict.Cache(config.store.block_cache_mb << 20))
     options.set_row_cache(rocksdict.Cache(config.store.row_cache_mb << 20))
-    get = _open(config.store.path, options, "read").get
+    get = open_database(config.store.path, options, "read").get
     parse, answer = pb.GetFeaturesRequest.FromString, pb.GetFeaturesResponse
 
     def get_features(data: bytes) -> bytes:

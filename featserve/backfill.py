@@ -20,9 +20,9 @@ from featserve.errors import SourceError
 from featserve.folding import beyond, fold, reached, unite
 from featserve.materialize import Loaded, Progress, visible_batches
 from featserve.plan import WindowPlan
-from featserve.push import PUSHED, Writes, expiry_keys, ids_of, loaded_mark, over, removed
+from featserve.push import expiry_keys, ids_of, over, removed
 from featserve.series import Pool, State, events_of
-from featserve.store import Load, OnlineStore
+from featserve.store import Load, OnlineStore, Writes
 from featserve.types import NEVER_US, Array, Mask, concat
 
 ENTITIES = 4_096
@@ -56,8 +56,8 @@ def _forget(store: OnlineStore, plan: WindowPlan) -> None:
     """Remove the ids of earlier loads, which mean nothing any more."""
 
     def change(found: Sequence[bytes | None]) -> Writes:
-        meant = (None, PUSHED, loaded_mark(found[0]))
-        return removed(store, plan, [name for name, mark in zip(part, found[1:], strict=True) if mark not in meant])
+        meant = (None, found[0])
+        return Writes(removed(store, plan, [name for name, of in zip(part, found[1:], strict=True) if of not in meant]))
 
     names = store.keys(plan.expiry, _after(plan.expiry))
     while part := list(islice(names, LOOKED_UP)):
@@ -126,7 +126,6 @@ class _Backfill:
         self._store, self._plan, self._as_of_us = store, plan, as_of_us
         before = int.from_bytes(store.read_many([plan.load])[0] or b"", "big")
         self._loads = (before + 1).to_bytes(8, "big")
-        self._mark = loaded_mark(self._loads)
         self._ids: list[tuple[bytes, bytes]] = []
         self._united: dict[bytes, bytes] = {}
 
@@ -153,10 +152,10 @@ class _Backfill:
         if self._united:
             load.add(*zip(*sorted(self._united.items()), strict=True))
         if self._ids:
-            marks = sorted(id_ for id_, _ in self._ids)
-            load.add([plan.ids + id_ for id_ in marks], [self._mark] * len(marks))
+            ids = sorted(id_ for id_, _ in self._ids)
+            load.add([plan.ids + id_ for id_ in ids], [self._loads] * len(ids))
             expiries = sorted(expiry for _, expiry in self._ids)
-            load.add(expiries, [self._mark] * len(expiries))
+            load.add(expiries, [self._loads] * len(expiries))
         load.add([plan.load], [self._loads])
         return counted
 
@@ -225,8 +224,8 @@ class _Backfill:
         ids = ids_of(self._plan, history)
         fresh = np.ones(len(history), np.bool_)
         for start in range(0, len(ids), LOOKED_UP):
-            found = self._store.read_many([self._plan.ids + id_ for id_ in ids[start : start + LOOKED_UP]])
-            fresh[start : start + len(found)] = [mark != PUSHED for mark in found]
+            noted = self._store.noted([self._plan.ids + id_ for id_ in ids[start : start + LOOKED_UP]])
+            fresh[start : start + len(noted)] = ~np.array(noted)
         return fresh
 
 

@@ -1,9 +1,9 @@
 """Pushed events into the records of every view over them: all in one update of the store, or none.
 
 Comes in: the plan of an event source, and a batch of its events. An event with an id counts once: the ids of those that
-count have keys of their own, and are removed when no window can hold their event any more. Where records are kept in
-two parts, events go to the recent one, which is short, and is united with the record when it has grown long. Knows no
-transport and reads no clock.
+count are kept until no window can hold their event any more, of pushed ones among the store's notes, as no reader wants
+them. Where records are kept in two parts, events go to the recent one, which is short, and is united with the record
+when it has grown long. Knows no transport and reads no clock.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
@@ -23,16 +24,11 @@ from featserve.errors import InvalidRequest, invalid
 from featserve.folding import beyond, fold, reached, settled, unite
 from featserve.plan import PushPlan, WindowPlan
 from featserve.series import LONG_BYTES, Events, Layout, Pool, State, events_of
-from featserve.store import OnlineStore
+from featserve.store import OnlineStore, Writes
 from featserve.types import NEVER_US, Column, Mask
 from featserve.windows import DAY_US, starts
 
-Writes = dict[bytes, bytes | None]
-PUSHED, LOADED = b"p", b"l"
-"""How the value of an id starts; of one that was loaded the number of the load follows, in seven bytes.
-
-The key by which it is found when its event is over has the same value; if not, the id is another event's by now.
-"""
+Rows = dict[bytes, bytes | None]
 MAX_ID_BYTES = 31
 ENTITY_BYTES = 16
 SWEEPS = 16
@@ -50,14 +46,19 @@ def push(store: OnlineStore, plan: PushPlan, batch: EventBatch, *, now_us: int, 
     keys = [part.keys() for part in parts]
 
     def change(found: Sequence[bytes | None]) -> Writes:
-        writes: Writes = {}
+        rows: Rows = {}
+        forget: list[bytes] = []
+        note: list[bytes] = []
         start = 0
         for part, wanted in zip(parts, keys, strict=True):
-            writes |= part.change(store, dict(zip(wanted, found[start : start + len(wanted)], strict=True)))
+            writes = part.change(store, dict(zip(wanted, found[start : start + len(wanted)], strict=True)))
+            rows |= writes.rows
+            forget += writes.forget
+            note += writes.note
             start += len(wanted)
-        return writes
+        return Writes(rows, forget, note)
 
-    own = tuple(prefix for view in plan.views for prefix in (view.ids, view.expiry))
+    own = tuple(prefix for view in plan.views for prefix in (view.ids, view.expiry, view.pushed) if prefix)
     store.update([key for wanted in keys for key in wanted], change, own=own)
     counted, late, duplicate = np.zeros((3, len(batch)), np.bool_)
     for part in parts:
@@ -100,17 +101,17 @@ class _Part:
     def keys(self) -> list[bytes]:
         """Return the keys whose rows ``change`` takes."""
         plan = self._plan
-        keys = [plan.load, *(plan.ids + id_ for id_ in self._ids)]
-        return keys if plan.recent is None else keys + [plan.recent + key for key in self._entities]
+        recent = () if plan.recent is None else (plan.recent + key for key in self._entities)
+        return [plan.load, *recent]
 
     def change(self, store: OnlineStore, found: Mapping[bytes, bytes | None]) -> Writes:
         """Return what to write, and note what becomes of each event."""
-        plan = self._plan
-        fresh = self._fresh(found)
+        plan, loads = self._plan, found[self._plan.load]
+        fresh = self._fresh(store, loads)
         self.duplicate[self._rows[~fresh]] = True
         rows = np.flatnonzero(fresh)
         if not len(rows):
-            return {}
+            return Writes({})
         pool = Pool()
         events = events_of(plan.codec.layout, self._batch.take(rows), self._owner[rows], pool)
         kept = self._folded(store, found, events, pool)
@@ -120,23 +121,24 @@ class _Part:
         counts = reached(plan.codec.layout, kept.recent.seen_us, events.owner, events.event_time_us)
         self.counted[self._rows[rows[counts]]] = True
         self.late[self._rows[rows[~counts]]] = True
-        writes = self._parts(store, kept, pool)
-        if self._ids:
-            rows = rows[counts]
-            ids = [self._ids[row] for row in rows.tolist()]
-            times_us = self._batch.event_time_us[rows]
-            writes |= self._expired(store, kept.before_us, kept.recent.seen_us)
-            writes |= dict.fromkeys([plan.ids + id_ for id_ in ids], PUSHED)
-            writes |= dict.fromkeys(expiry_keys(plan, self._entities, self._owner[rows], times_us, ids), PUSHED)
-        return writes
+        written = self._parts(store, kept, pool)
+        if not self._ids:
+            return Writes(written)
+        rows = rows[counts]
+        ids = [self._ids[row] for row in rows.tolist()]
+        expiries = expiry_keys(plan, self._entities, self._owner[rows], self._batch.event_time_us[rows], ids)
+        removed, forget = self._expired(store, kept.before_us, kept.recent.seen_us, loads)
+        return Writes(written | removed, forget, [*(plan.ids + id_ for id_ in ids), *expiries])
 
-    def _fresh(self, found: Mapping[bytes, bytes | None]) -> Mask:
+    def _fresh(self, store: OnlineStore, loads: bytes | None) -> Mask:
         """Return which events have an id that is not there, and are the first of it in the batch to be available."""
         fresh = np.ones(len(self._batch), np.bool_)
         if not self._ids:
             return fresh
-        loaded = loaded_mark(found[self._plan.load])
-        seen = {id_ for id_ in self._ids if found[self._plan.ids + id_] in (PUSHED, loaded)}
+        keys = [self._plan.ids + id_ for id_ in self._ids]
+        seen = set(compress(self._ids, store.noted(keys)))
+        if loads is not None:
+            seen.update(id_ for id_, load in zip(self._ids, store.read_many(keys), strict=True) if load == loads)
         batch = self._batch
         order = np.lexsort((batch.sequence, np.maximum(batch.event_time_us, batch.known_at_us)))
         for row in order.tolist():
@@ -169,7 +171,7 @@ class _Part:
         whole = unite(layout, records.take(np.searchsorted(looked, united)), recent.take(united))
         return _Kept(before_us, recent, united, whole)
 
-    def _parts(self, store: OnlineStore, kept: _Kept, pool: Pool) -> Writes:
+    def _parts(self, store: OnlineStore, kept: _Kept, pool: Pool) -> Rows:
         """Return the recent parts that stay apart, and the records that are united with theirs, which begin anew."""
         plan, layout, united = self._plan, self._plan.codec.layout, kept.united
         writes = self._encoded(plan.records, kept.whole, united, pool)
@@ -189,24 +191,30 @@ class _Part:
         found = store.read_many([prefix + self._entities[row] for row in rows.tolist()])
         return codec.decode([record or codec.empty for record in found], pool)
 
-    def _encoded(self, prefix: bytes, state: State, rows: Int64s, pool: Pool) -> Writes:
+    def _encoded(self, prefix: bytes, state: State, rows: Int64s, pool: Pool) -> Rows:
         """Return what to write for the entities ``rows``."""
         keys = [prefix + self._entities[row] for row in rows.tolist()]
         return dict(zip(keys, self._plan.codec.encode(state, pool), strict=True))
 
-    def _expired(self, store: OnlineStore, before_us: Int64s, after_us: Int64s) -> Writes:
-        """Return the removal of ids whose event no window of its entity can hold any more.
+    def _expired(
+        self, store: OnlineStore, before_us: Int64s, after_us: Int64s, loads: bytes | None
+    ) -> tuple[Rows, list[bytes]]:
+        """Return the removal of ids whose event no window of its entity can hold any more: loaded ones, and notes.
 
         All that are there: a load may have moved the newest event on before.
         """
         plan, layout = self._plan, self._plan.codec.layout
         old, new = sweeps(layout, before_us), sweeps(layout, after_us)
         moved = np.flatnonzero((new > old) & (before_us > NEVER_US))
-        names: list[bytes] = []
+        loaded: list[bytes] = []
+        forget: list[bytes] = []
         for entity, end in zip(moved.tolist(), new[moved].tolist(), strict=True):
             key = self._entities[entity]
-            names += store.keys(*expiry_keys(plan, [key], np.zeros(2, np.int64), np.array([NEVER_US, end]), [b"", b""]))
-        return removed(store, plan, names)
+            bounds = expiry_keys(plan, [key], np.zeros(2, np.int64), np.array([NEVER_US, end]), [b"", b""])
+            if loads is not None:
+                loaded += store.keys(*bounds)
+            forget += store.notes(*bounds)
+        return removed(store, plan, loaded), [*forget, *(id_of(plan, name) for name in forget)]
 
 
 def owners(columns: Sequence[Column]) -> tuple[list[bytes], Int64s]:
@@ -227,11 +235,6 @@ def ids_of(plan: WindowPlan, batch: EventBatch) -> list[bytes]:
     return [id_ if len(id_) <= MAX_ID_BYTES else hashlib.sha256(id_).digest() for id_ in ids]
 
 
-def loaded_mark(loads: bytes | None) -> bytes:
-    """Return the value of the ids of the newest load, from the number of loads as it is stored."""
-    return LOADED + (loads or bytes(8))[1:]
-
-
 def expiry_keys(
     plan: WindowPlan, entities: Sequence[bytes], owner: Int64s, time_us: Int64s, ids: Sequence[bytes]
 ) -> list[bytes]:
@@ -241,11 +244,16 @@ def expiry_keys(
     return [prefixes[i] + time + id_ for i, time, id_ in zip(owner.tolist(), times, ids, strict=True)]
 
 
-def removed(store: OnlineStore, plan: WindowPlan, expiries: Sequence[bytes]) -> Writes:
-    """Return the removal of expiry keys, and of the ids that are still of the same events."""
-    ids = [plan.ids + name[len(plan.expiry) + ENTITY_BYTES + 8 :] for name in expiries]
-    marks = store.read_many([*expiries, *ids])
-    same = zip(ids, marks[: len(ids)], marks[len(ids) :], strict=True)
+def id_of(plan: WindowPlan, expiry: bytes) -> bytes:
+    """Return the key of the id that is found by an expiry key."""
+    return plan.ids + expiry[len(plan.expiry) + ENTITY_BYTES + 8 :]
+
+
+def removed(store: OnlineStore, plan: WindowPlan, expiries: Sequence[bytes]) -> Rows:
+    """Return the removal of expiry keys of loaded events, and of the ids that are still of the same load."""
+    ids = [id_of(plan, name) for name in expiries]
+    loads = store.read_many([*expiries, *ids])
+    same = zip(ids, loads[: len(ids)], loads[len(ids) :], strict=True)
     return dict.fromkeys([*expiries, *(id_ for id_, one, other in same if one == other)])
 
 

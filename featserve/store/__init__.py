@@ -2,6 +2,9 @@
 
 A store keeps, for each key, the row with the greatest stamp (``codec.STAMP``, compared as bytes), whatever the order of
 arrival. Batch read and batch write are the primitives; backends are named only in ``open_store``.
+
+Beside the rows it keeps *notes*, a set of keys for who writes it. They are written together with rows, in one update,
+and nobody who follows the store can read them, or pays for them.
 """
 
 from __future__ import annotations
@@ -9,14 +12,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from featserve.codec import STAMP
 
 Access = Literal["write", "read", "follow"]
 
 
-Change = Callable[[list[bytes | None]], Mapping[bytes, bytes | None]]
+class Writes(NamedTuple):
+    """What an update changes: the rows of keys, None where there is to be none, and notes to remove and to make."""
+
+    rows: Mapping[bytes, bytes | None]
+    forget: Sequence[bytes] = ()
+    note: Sequence[bytes] = ()
+
+
+Change = Callable[[list[bytes | None]], Writes]
 
 
 class Load(Protocol):
@@ -48,7 +59,7 @@ class OnlineStore(Protocol):
         """
 
     def update(self, keys: Sequence[bytes], change: Change, *, own: tuple[bytes, ...] = ()) -> None:
-        """Read ``keys``, write what ``change`` makes of their rows, remove the keys that it gives None; atomically.
+        """Read ``keys`` and write what ``change`` makes of their rows; atomically, notes included.
 
         One update runs at a time. ``change`` may read the store; nothing is written where it raises. As durable as
         ``write_many``. Stamps are not compared. ``own``: what keys start with that nobody reads who follows the store.
@@ -59,6 +70,12 @@ class OnlineStore(Protocol):
 
     def keys(self, first: bytes, end: bytes) -> Iterator[bytes]:
         """Yield the keys from ``first`` on that come before ``end``, in order."""
+
+    def noted(self, keys: list[bytes]) -> list[bool]:
+        """Return of each key whether it is among the notes; for who writes the store."""
+
+    def notes(self, first: bytes, end: bytes) -> Iterator[bytes]:
+        """Yield the notes from ``first`` on that come before ``end``, in order; for who writes the store."""
 
     def load(self) -> AbstractContextManager[Load]:
         """Start a bulk load; it becomes visible as a whole when the context ends, and not at all on an error.

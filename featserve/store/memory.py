@@ -18,6 +18,7 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self._rows: dict[bytes, bytes] | None = {}
+        self._notes: set[bytes] = set()
         self._lock, self._updates = threading.Lock(), threading.RLock()
         self._identity, self._sequence = secrets.token_hex(4), 0
 
@@ -39,21 +40,29 @@ class MemoryStore:
 
     def update(self, keys: Sequence[bytes], change: Change, *, own: tuple[bytes, ...] = ()) -> None:
         with self._updates:
-            changed = change(self.read_many(list(keys)))
+            writes = change(self.read_many(list(keys)))
             with self._lock:
                 stored = self._open()
-                for key, row in changed.items():
+                for key, row in writes.rows.items():
                     if row is None:
                         stored.pop(key, None)
                     else:
                         stored[key] = row
-                self._sequence += bool(changed)
+                self._notes.difference_update(writes.forget)
+                self._notes.update(writes.note)
+                self._sequence += any(writes)
 
     def updating(self) -> AbstractContextManager[Any]:
         return self._updates
 
     def keys(self, first: bytes, end: bytes) -> Iterator[bytes]:
         return iter(sorted(key for key in list(self._open()) if first <= key < end))
+
+    def noted(self, keys: list[bytes]) -> list[bool]:
+        return [key in self._notes for key in keys]
+
+    def notes(self, first: bytes, end: bytes) -> Iterator[bytes]:
+        return iter(sorted(key for key in list(self._notes) if first <= key < end))
 
     @contextmanager
     def load(self) -> Iterator[Load]:

@@ -1,20 +1,22 @@
 """Which rows the last batches replaced: written with each batch, read by who follows the store and has rows cached.
 
-A batch's keys stand under one of ``BATCHES`` keys in turn: the batch's number, 8 bytes, big-endian, then each key with
-its length before it, 4 bytes.
+A batch's keys stand under one of ``BATCHES`` keys in turn: the batch's number, 8 bytes, big-endian, then groups of keys
+of one length: that length and how many they are, 4 bytes each, and the keys.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from struct import Struct
 
 PREFIX = b"\x00replaced"
 BATCHES = 256
 """How many batches a follower may lag and still know which rows to let go of."""
 MOST_KEYS = 4_096
 """How many keys a batch tells of."""
-EVERY = b""
-"""Stands for the keys of all rows; no row has it."""
+GROUP = Struct(">II")
+EVERY = GROUP.pack(0, 0)
+"""Stands for the keys of all rows; none is of length 0."""
 
 
 def place(number: int) -> bytes:
@@ -24,9 +26,14 @@ def place(number: int) -> bytes:
 
 def packed(number: int, keys: Sequence[bytes] | None) -> bytes:
     """Return what stands there. ``keys``: of the rows that were replaced, None where that may be all."""
+    head = number.to_bytes(8, "big")
     if keys is None or len(keys) > MOST_KEYS:
-        keys = [EVERY]
-    return b"".join([number.to_bytes(8, "big"), *(part for key in keys for part in (len(key).to_bytes(4, "big"), key))])
+        return head + EVERY
+    groups: dict[int, list[bytes]] = {}
+    for key in keys:
+        groups.setdefault(len(key), []).append(key)
+    packs = (GROUP.pack(length, len(group)) + b"".join(group) for length, group in groups.items())
+    return head + b"".join(packs)
 
 
 def replaced(read: Callable[[list[bytes]], list[bytes | None]], first: int, last: int) -> list[bytes] | None:
@@ -39,11 +46,12 @@ def replaced(read: Callable[[list[bytes]], list[bytes | None]], first: int, last
     numbers = range(first, last + 1)
     keys: list[bytes] = []
     for number, found in zip(numbers, read([place(number) for number in numbers]), strict=True):
-        if found is None or found[:8] != number.to_bytes(8, "big"):
-            return None  # another batch's are there by now
-        at = 8
-        while at < len(found):
-            start = at + 4
-            at = start + int.from_bytes(found[at:start], "big")
-            keys.append(found[start:at])
-    return None if EVERY in keys else keys
+        if found is None or found[:8] != number.to_bytes(8, "big") or found[8:] == EVERY:
+            return None  # another batch's are there by now, or too many were replaced
+        end = 8
+        while end < len(found):
+            length, count = GROUP.unpack_from(found, end)
+            start = end + GROUP.size
+            end = start + length * count
+            keys += [found[at : at + length] for at in range(start, end, length)]
+    return keys

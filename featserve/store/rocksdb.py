@@ -2,7 +2,8 @@
 
 One process has it open for writing; any number may have it open for reading, each with the rows that were there when it
 opened, or following what is written. Each keeps rows that it has read in a cache of its own. Writes go through the
-write-ahead log. A bulk load is staged in SST files beside the store and ingested in one step.
+write-ahead log. A bulk load is staged in SST files beside the store and ingested in one step. Notes are in a column
+family that only the writer opens.
 
 Following is RocksDB's secondary instance, which (10.4) has holes. Rows of a log that was merged into a file hide newer
 ones of that file until a batch arrives by the next log (facebook/rocksdb#14444), and a log that vanishes between the
@@ -21,7 +22,7 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import compress, islice
 from pathlib import Path
@@ -31,13 +32,15 @@ from uuid import uuid4
 import rocksdict
 
 from featserve.codec import STAMP
-from featserve.errors import StoreError, StoreFull, StoreLocked
-from featserve.store import Access, Change, newest
+from featserve.errors import StoreError
+from featserve.store import Access, Change, Writes, newest
+from featserve.store.announced import Announced
 from featserve.store.cache import RowCache
+from featserve.store.database import NOTES, ingest, keys_of, open_database, options_of, translate, translated
 from featserve.store.replaced import packed, place, replaced
 
 FORMAT_KEY = b"\x00featserve"
-FORMAT = b"rows 1"
+FORMAT = b"rows 2"
 SEQUENCE_KEY = b"\x00sequence"
 """How many batches and loads were written, as 8 bytes, big-endian: put with each, so that it is as old as they are."""
 OPENINGS = 5
@@ -65,7 +68,8 @@ class RocksStore:
         self._lock, self._updates = threading.Lock(), threading.RLock()
         self._loads: set[_Load] = set()
         self._cache = RowCache(row_cache_mb << 20)
-        self._options = _options(block_cache_mb)
+        blocks = rocksdict.Cache(block_cache_mb << 20)
+        self._options, self._notes_options = options_of(blocks), options_of(blocks)
         if count_lookups:
             self._options.enable_statistics()
         self._write_options = rocksdict.WriteOptions()
@@ -76,8 +80,10 @@ class RocksStore:
             with translated(f"cannot make a store at {path}"):
                 path.parent.mkdir(parents=True, exist_ok=True)
         self._access = access
-        self._notes = tempfile.TemporaryDirectory(prefix="featserve-follow-") if access == "follow" else None
+        self._messages = tempfile.TemporaryDirectory(prefix="featserve-follow-") if access == "follow" else None
         self._db: rocksdict.Rdict | None = None
+        self._notes: rocksdict.Rdict | None = None
+        self._announced: Announced | None = None
         with translated(f"cannot open the store at {path}"):
             try:
                 self._db = self._open_database()
@@ -86,6 +92,9 @@ class RocksStore:
                 self._check_format()
                 self._identity = (path / "IDENTITY").read_text(encoding="utf-8").partition("-")[0]
                 self._sequence = self._written()
+                if access != "read":
+                    self._announced = Announced(path, write=access == "write")
+                self._announce()
             except BaseException:
                 self.close()
                 raise
@@ -94,16 +103,17 @@ class RocksStore:
                 shutil.rmtree(left)
 
     def _open_database(self) -> rocksdict.Rdict:
-        if self._notes is None:
-            return _open(self.path, self._options, self._access)
+        if self._messages is None:
+            notes = self._notes_options if self._access == "write" else None
+            return open_database(self.path, self._options, self._access, notes=notes)
         # A follower keeps all files open, as the writer removes them when it has merged them. Each catch-up starts a
         # thread for each file that it may open at once: 1.2 ms with the default of 16, 0.05 ms with one.
         self._options.set_max_open_files(-1)
         self._options.set_max_file_opening_threads(1)
         for _ in range(OPENINGS - 1):
             with suppress(StoreError), translated("a file is gone"):
-                return _open(self.path, self._options, self._access, self._notes.name)
-        return _open(self.path, self._options, self._access, self._notes.name)
+                return open_database(self.path, self._options, self._access, messages=self._messages.name)
+        return open_database(self.path, self._options, self._access, messages=self._messages.name)
 
     def _check_format(self) -> None:
         db = self._opened()
@@ -111,13 +121,17 @@ class RocksStore:
         if found is None and self._access == "write" and db.latest_sequence_number() == 0:
             found = FORMAT
         if found == FORMAT and self._access == "write":
+            if NOTES not in rocksdict.Rdict.list_cf(str(self.path), self._options):
+                db.create_column_family(NOTES, self._notes_options)
+            self._notes = db.get_column_family(NOTES)
             # Opening merged the logs. Followers let go of what they had of those when a merge is followed by a write.
             db.put(FORMAT_KEY, FORMAT, self._write_options)
             db.flush()
             db.put(FORMAT_KEY, FORMAT, self._write_options)
         elif found != FORMAT:
             kind = "is not a featserve store" if found is None else f"has format {found!r}, not {FORMAT!r}"
-            raise StoreError(f"the database at {self.path} {kind}; choose another [store] path")
+            remedy = "choose another [store] path, and load it with `featserve materialize`"
+            raise StoreError(f"the database at {self.path} {kind}; {remedy}")
 
     def read_many(self, keys: list[bytes]) -> list[bytes | None]:
         cache = self._cache
@@ -137,7 +151,7 @@ class RocksStore:
         try:
             found: list[bytes | None] = self._db.get(keys)  # type: ignore[union-attr]
         except Exception as error:
-            raise _translate(error, f"cannot read the store at {self.path}") from error
+            raise translate(error, f"cannot read the store at {self.path}") from error
         return found
 
     def write_many(self, keys: Sequence[bytes], rows: Sequence[bytes]) -> int:
@@ -148,7 +162,7 @@ class RocksStore:
             found = self._read(names)
             won = dict(zip(*_winners(names, list(best.values()), found), strict=True))
             if won:
-                self._write(won, [key for key, row in zip(names, found, strict=True) if row is not None])
+                self._write(Writes(won), [key for key, row in zip(names, found, strict=True) if row is not None])
             for load in self._loads:
                 load.touched.update(names)
         return len(won)
@@ -157,36 +171,56 @@ class RocksStore:
         self._check_writable()
         with self._updates:
             rows = self.read_many(list(keys))
-            if changed := change(rows):
+            writes = change(rows)
+            if any(writes):
                 new = {key for key, row in zip(keys, rows, strict=True) if row is None}
                 with self._lock:
-                    self._write(changed, [key for key in changed if key not in new and not key.startswith(own)])
+                    self._write(writes, [key for key in writes.rows if key not in new and not key.startswith(own)])
 
     def updating(self) -> AbstractContextManager[Any]:
         return self._updates
 
     def keys(self, first: bytes, end: bytes) -> Iterator[bytes]:
         with translated(f"cannot read the store at {self.path}"):
-            yield from _keys(self._opened(), first, lambda key: key < end)
+            yield from keys_of(self._opened(), first, lambda key: key < end)
 
-    def _write(self, changed: Mapping[bytes, bytes | None], old: Sequence[bytes] | None) -> None:
-        """Write rows and remove those that are None, as one batch with its number, under the lock.
+    def noted(self, keys: list[bytes]) -> list[bool]:
+        with translated(f"cannot read the store at {self.path}"):
+            return [value is not None for value in self._opened_notes().get(keys)]
 
-        ``old``: the keys among them that had a row; None where rows of any keys were replaced just before.
+    def notes(self, first: bytes, end: bytes) -> Iterator[bytes]:
+        with translated(f"cannot read the store at {self.path}"):
+            yield from keys_of(self._opened_notes(), first, lambda key: key < end)
+
+    def _write(self, writes: Writes, old: Sequence[bytes] | None) -> None:
+        """Write as one batch with its number, under the lock.
+
+        ``old``: the keys that had a row; None where rows of any keys were replaced just before.
         """
         batch = rocksdict.WriteBatch(raw_mode=True)
-        for key, row in changed.items():
+        for key, row in writes.rows.items():
             if row is None:
                 batch.delete(key)
             else:
                 batch.put(key, row)
+        notes = self._opened().get_column_family_handle(NOTES)  # one that is kept keeps the database open
+        for key in writes.forget:
+            batch.delete(key, notes)
+        for key in writes.note:
+            batch.put(key, b"", notes)
         number = self._sequence + 1
         batch.put(SEQUENCE_KEY, number.to_bytes(8, "big"))
         batch.put(place(number), packed(number, old))
         with self._changing() as cached, translated(f"cannot write to the store at {self.path}"):
             self._opened().write(batch, self._write_options)
-            cached.append(changed)
+            cached.append(writes.rows)
         self._sequence = number
+        self._announce()
+
+    def _announce(self) -> None:
+        """Let followers know that there is something new, once the writer has it."""
+        if self._access == "write" and self._announced is not None:
+            self._announced.number = self._sequence
 
     @contextmanager
     def _changing(self) -> Iterator[list[Mapping[bytes, bytes | None]]]:
@@ -207,13 +241,17 @@ class RocksStore:
     def catch_up(self) -> None:
         if self._access != "follow":
             return
+        db = self._opened()
+        assert self._announced is not None
+        if self._announced.number == self._sequence:
+            return
         with self._lock, self._changing() as cached, translated(f"cannot follow the store at {self.path}"):
-            self._opened().try_catch_up_with_primary()
+            db.try_catch_up_with_primary()
             written = self._written()
             if written == self._sequence:
                 cached.append({})
                 return
-            self._opened().try_catch_up_with_primary()
+            db.try_catch_up_with_primary()
             if (keys := replaced(self._read, self._sequence + 1, written)) is not None:
                 cached.append(dict.fromkeys(keys))
             self._sequence = written
@@ -241,7 +279,7 @@ class RocksStore:
 
     def count(self, prefix: bytes) -> int:
         with translated(f"cannot read the store at {self.path}"):
-            return sum(1 for _ in _keys(self._opened(), prefix, lambda key: key.startswith(prefix)))
+            return sum(1 for _ in keys_of(self._opened(), prefix, lambda key: key.startswith(prefix)))
 
     def size_bytes(self) -> int:
         total = 0
@@ -259,10 +297,13 @@ class RocksStore:
 
     def close(self) -> None:
         db, self._db = self._db, None
+        self._notes = None  # the database is open while there is a way to it
         with self._changing():
             pass  # nothing is read any more
-        if self._notes is not None:
-            self._notes.cleanup()
+        if self._messages is not None:
+            self._messages.cleanup()
+        if self._announced is not None:
+            self._announced.close()
         if db is not None:
             try:
                 db.close()
@@ -270,7 +311,7 @@ class RocksStore:
                 # After a write that failed RocksDB does not flush either. What was acknowledged is in its log.
                 if "Writer has previous error" in str(error):
                     return
-                raise _translate(error, f"cannot close the store at {self.path}") from error
+                raise translate(error, f"cannot close the store at {self.path}") from error
             finally:
                 if self._access == "write":
                     _WRITING.discard(self.path.resolve())
@@ -280,6 +321,11 @@ class RocksStore:
             raise StoreError(f"the store at {self.path} is closed")
         return self._db
 
+    def _opened_notes(self) -> rocksdict.Rdict:
+        self._check_writable()
+        assert self._notes is not None
+        return self._notes
+
     def _check_writable(self) -> None:
         self._opened()
         if self._access != "write":
@@ -288,7 +334,7 @@ class RocksStore:
     def _overlaps(self, first: bytes, last: bytes) -> bool:
         """Say whether any key lies between ``first`` and ``last``."""
         with translated(f"cannot read the store at {self.path}"):
-            return any(True for _ in _keys(self._opened(), first, lambda key: key <= last))
+            return any(True for _ in keys_of(self._opened(), first, lambda key: key <= last))
 
     def _ingest(self, files: list[Path]) -> None:
         """Make the rows of files visible, under the lock."""
@@ -296,8 +342,8 @@ class RocksStore:
             # A follower leaves out what is still in the log and older than a file.
             self._opened().flush()
             with self._changing():
-                _ingest(self._opened(), files)
-        self._write({}, None)
+                ingest(self._opened(), files)
+        self._write(Writes({}), None)
 
 
 class _Load:
@@ -364,11 +410,11 @@ class _Load:
         """Return the newest staged row of each key, from a database of the files that are finished."""
         with translated(f"cannot stage a load in {self._folder}"):
             if self._staging is None:
-                self._staging = _open(self._folder / "staging", self._store._options, "write")
+                self._staging = open_database(self._folder / "staging", self._store._options, "write")
             if links := [Path(f"{file}.link") for file in self._files[self._staged :]]:
                 for link in links:
                     os.link(link.with_suffix(""), link)
-                _ingest(self._staging, links)
+                ingest(self._staging, links)
                 self._staged = len(self._files)
             found: list[bytes | None] = self._staging.get(names)
         return found
@@ -377,7 +423,7 @@ class _Load:
         """Return every key that is staged."""
         self._staged_rows([])
         with translated(f"cannot stage a load in {self._folder}"):
-            return list(_keys(self._staging, b"", lambda key: True))
+            return list(keys_of(self._staging, b"", lambda key: True))
 
     def commit(self) -> None:
         """Ingest all in one step. Rows written meanwhile that are newer go on top, so no reader sees them vanish."""
@@ -415,7 +461,7 @@ def is_locked(path: Path) -> bool:
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             return True
-        raise _translate(error, f"cannot look at the store at {path}") from error
+        raise translate(error, f"cannot look at the store at {path}") from error
     return False
 
 
@@ -425,74 +471,3 @@ def _winners(
     """Return the keys and rows whose stamp is not less than that of the old row, where there is one."""
     wins = [before is None or before[STAMP] <= row[STAMP] for row, before in zip(rows, old, strict=True)]
     return list(compress(keys, wins)), list(compress(rows, wins))
-
-
-def _keys(db: rocksdict.Rdict, first: bytes, wanted: Callable[[bytes], bool]) -> Iterator[bytes]:
-    """Yield the keys from ``first`` on while they are ``wanted``."""
-    cursor = db.iter()
-    cursor.seek(first)
-    while cursor.valid() and wanted(key := cursor.key()):
-        yield key
-        cursor.next()
-    cursor.status()  # raises what ended it early: a damaged file looks like the end
-
-
-def _options(block_cache_mb: int) -> rocksdict.Options:
-    options = rocksdict.Options(raw_mode=True)
-    options.create_if_missing(True)
-    table = rocksdict.BlockBasedOptions()
-    table.set_block_cache(rocksdict.Cache(block_cache_mb << 20))
-    table.set_bloom_filter(10, False)
-    table.set_cache_index_and_filter_blocks(False)
-    options.set_block_based_table_factory(table)
-    options.set_compression_type(rocksdict.DBCompressionType.lz4())
-    # LZ4's acceleration: rows of random floats, which do not shrink, are written twice as fast; others shrink a little
-    # less.
-    options.set_compression_options(-14, -16, 0, 0)
-    options.set_keep_log_file_num(4)
-    # The default drops, without a word, every row logged after a damaged one; this drops a last one cut short, no more.
-    options.set_wal_recovery_mode(rocksdict.DBRecoveryMode.tolerate_corrupted_tail_records())
-    return options
-
-
-def _open(path: Path, options: rocksdict.Options, access: Access, notes: str = "") -> rocksdict.Rdict:
-    """Open a database. ``notes``: the folder that a follower keeps its log of messages in."""
-    kinds = rocksdict.AccessType
-    kind = {"write": kinds.read_write, "read": kinds.read_only, "follow": lambda: kinds.secondary(notes)}[access]()
-    if not (path / "CURRENT").is_file():
-        return rocksdict.Rdict(str(path), options)
-    # Without the column family's own options an existing database runs with an 8 MiB cache: 150 times slower reads.
-    return rocksdict.Rdict(str(path), options, column_families={"default": options}, access_type=kind)
-
-
-def _ingest(db: rocksdict.Rdict, files: list[Path]) -> None:
-    options = rocksdict.IngestExternalFileOptions()
-    options.set_move_files(True)
-    db.ingest_external_file([str(file) for file in files], options)
-
-
-@contextmanager
-def translated(what: str) -> Iterator[None]:
-    """Turn what RocksDB and the file system raise into errors of the tree, with ``what`` in front."""
-    try:
-        yield
-    except StoreError:
-        raise
-    except Exception as error:
-        raise _translate(error, what) from error
-
-
-def _translate(error: Exception, what: str) -> StoreError:
-    text = str(error)
-    if isinstance(error, AttributeError):
-        return StoreError(f"{what}: the store is closed")
-    if "LOCK" in text or "lock hold" in text:
-        return StoreLocked(
-            f"{what}: another process has it open for writing. Stop that server, or send the rows to it "
-            "(`featserve materialize --to HOST:PORT`)"
-        )
-    if "No space left" in text or getattr(error, "errno", None) == 28:
-        return StoreFull(f"{what}: no space left on the device. Free some and start again; what was written is kept")
-    if "Corruption" in text:
-        return StoreError(f"{what}: it is damaged ({text}). Restore it, or remove the folder and materialize again")
-    return StoreError(f"{what}: {text}")

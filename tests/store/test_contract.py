@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from featserve.errors import StoreError
-from featserve.store import OnlineStore, open_store, rocksdb
+from featserve.store import OnlineStore, Writes, open_store, rocksdb
 from featserve.store.memory import MemoryStore
 
 Stamp = tuple[int, int, int]
@@ -314,7 +314,7 @@ def test_what_is_written_together_is_read_together(store: OnlineStore) -> None:
     """While threads read, rows that every write replaces together are of one write in every answer."""
     keys = [b"key %d" % i for i in range(8)]
     done, torn, reads = threading.Event(), list[list[bytes | None]](), [0, 0]
-    store.update(keys, lambda found: dict.fromkeys(keys, b"0"))
+    store.update(keys, lambda found: Writes(dict.fromkeys(keys, b"0")))
 
     def read(reader: int) -> None:
         while not done.is_set():
@@ -327,7 +327,7 @@ def test_what_is_written_together_is_read_together(store: OnlineStore) -> None:
     for thread in readers:
         thread.start()
     for n in range(5_000):
-        store.update(keys[:1], lambda found, n=n: dict.fromkeys(keys, b"%d" % n))  # type: ignore[misc]
+        store.update(keys[:1], lambda found, n=n: Writes(dict.fromkeys(keys, b"%d" % n)))  # type: ignore[misc]
     done.set()
     for thread in readers:
         thread.join()
@@ -398,17 +398,17 @@ def test_an_update_sees_what_is_there_and_writes_all_of_its_change(store: Online
     before = store.sequence()
     seen: list[list[bytes | None]] = []
 
-    def change(found: list[bytes | None]) -> dict[bytes, bytes | None]:
+    def change(found: list[bytes | None]) -> Writes:
         seen.append(found)
-        return {b"a": row((1, 1, 1), b"new"), b"b": None, b"c": b"short", b"not asked": b""}
+        return Writes({b"a": row((1, 1, 1), b"new"), b"b": None, b"c": b"short", b"not asked": b""})
 
     store.update([b"b", b"c"], change)
     assert seen == [[row((9, 9, 9), b"b"), None]]
     assert store.read_many([b"a", b"b", b"c", b"not asked"]) == [row((1, 1, 1), b"new"), None, b"short", b""]
     assert store.sequence() == before + 1
     with pytest.raises(ZeroDivisionError):
-        store.update([b"a"], lambda found: {b"a": None, b"c": bytes(1 // 0)})
-    store.update([b"a"], lambda found: {})
+        store.update([b"a"], lambda found: Writes({b"a": None, b"c": bytes(1 // 0)}))
+    store.update([b"a"], lambda found: Writes({}))
     assert store.read_many([b"a"]) == [row((1, 1, 1), b"new")]
     assert store.sequence() == before + 1
 
@@ -418,13 +418,13 @@ def test_updates_of_many_threads_are_as_if_one_came_after_the_other(store: Onlin
 
     def add() -> None:
         for _ in range(100):
-            store.update([b"n"], lambda found: {b"n": bytes(len(found[0] or b"") + 1)})
+            store.update([b"n"], lambda found: Writes({b"n": bytes(len(found[0] or b"") + 1)}))
 
     threads = [threading.Thread(target=add) for _ in range(4)]
     with store.updating():
         for thread in threads:
             thread.start()
-        store.update([b"n"], lambda found: {b"n": b"12345"})  # its own go through
+        store.update([b"n"], lambda found: Writes({b"n": b"12345"}))  # its own go through
         assert store.read_many([b"n"]) == [b"12345"]
     for thread in threads:
         thread.join()
@@ -437,3 +437,19 @@ def test_keys_come_in_order(store: OnlineStore) -> None:
     store.write_many([*names, b"\x02"], [row((1, 1, 1))] * 5)
     assert list(store.keys(b"\x01", b"\x02")) == names
     assert list(store.keys(b"\x01\x03", b"\x01\x07")) == [names[1]]
+
+
+def test_notes_are_made_and_removed_with_rows(store: OnlineStore) -> None:
+    """Notes come and go in the update that says so, or not at all, and are no rows; a load leaves them alone."""
+    before, names = store.sequence(), [bytes([1, n]) for n in (0, 3, 7, 255)]
+    store.update([], lambda found: Writes({b"a": b"row"}, note=[*names, b"\x02"]))
+    store.update([], lambda found: Writes({}, forget=[names[1], names[3], b"never"], note=[names[3]]))
+    assert store.sequence() == before + 2
+    with pytest.raises(ZeroDivisionError):
+        store.update([], lambda found: Writes({b"a": None}, forget=names, note=[bytes(1 // 0)]))
+    with store.load() as load:
+        load.add(names[:1], [row((1, 1, 1))])
+    assert store.noted([*names, b"a"]) == [True, False, True, True, False]
+    assert list(store.notes(b"\x01", b"\x02")) == [names[0], names[2], names[3]]
+    assert list(store.notes(b"\x01\x01", b"\x01\xff")) == [names[2]]
+    assert store.read_many([*names, b"\x02", b"a"]) == [row((1, 1, 1)), None, None, None, None, b"row"]

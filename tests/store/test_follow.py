@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from featserve.errors import StoreError
-from featserve.store import open_store
+from featserve.store import Writes, open_store
+from featserve.store.announced import NAME
 from featserve.store.follow import Follower
 from featserve.store.rocksdb import RocksStore
 from tests.serving import until
@@ -45,8 +48,16 @@ class History:
 
     def step(self) -> None:
         """Do one thing that a writer may do."""
-        kind = self.rng.choice(["write", "load", "flush", "compact", "reopen"], p=[0.7, 0.1, 0.1, 0.05, 0.05])
-        getattr(self, kind)()
+        kinds = {
+            "write": 0.4,
+            "push": 0.3,
+            "load": 0.1,
+            "flush": 0.05,
+            "flush_notes": 0.05,
+            "compact": 0.05,
+            "reopen": 0.05,
+        }
+        getattr(self, self.rng.choice([*kinds], p=[*kinds.values()]))()
 
     def rows(self, most: int) -> dict[bytes, bytes]:
         self.number += 1
@@ -59,6 +70,11 @@ class History:
         rows = self.rows(20)
         self.store.write_many(list(rows), list(rows.values()))
 
+    def push(self) -> None:
+        rows = self.rows(20)
+        old, new = ([b"%d %d" % (number, i) for i in range(50)] for number in (self.number - 20, self.number))
+        self.store.update(list(rows), lambda found: Writes(rows, old, new))
+
     def load(self) -> None:
         with self.store.load() as load:
             for _ in range(int(self.rng.integers(1, 3))):
@@ -68,6 +84,11 @@ class History:
     def flush(self) -> None:
         """Do as RocksDB does when its log has grown: merge it, and go on with the write that found it so."""
         self.store._opened().flush()
+        self.write()
+
+    def flush_notes(self) -> None:
+        """Do the same for the notes alone: the rows of the log before stay in it."""
+        self.store._opened_notes().flush()
         self.write()
 
     def compact(self) -> None:
@@ -143,6 +164,45 @@ def test_a_follower_holds_what_it_says(tmp_path: Path, seconds: float) -> None:
     store.close()
 
 
+@pytest.mark.parametrize("page", [None, b"", bytes(8), b"\xff" * 8])
+def test_a_number_that_is_wrong_hides_nothing(tmp_path: Path, page: bytes | None) -> None:
+    """Where the writer's page is not there, or says another number, a follower sees what is written all the same."""
+    writer = opened(tmp_path / "store", "write")
+    writer.write_many([b"a"], [row(1)])
+    announced = tmp_path / "store" / NAME
+    assert int.from_bytes(announced.read_bytes(), "big") == writer.sequence()
+    announced.unlink()
+    if page is not None:
+        announced.write_bytes(page)
+    follower = opened(tmp_path / "store", "follow")
+    writer.write_many([b"a"], [row(2)])
+    follower.catch_up()
+    assert follower.read_many([b"a"]) == [row(2)]
+    assert follower.sequence() == writer.sequence()
+    follower.close()
+    writer.close()
+
+
+def test_a_follower_that_holds_all_leaves_rocksdb_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks the database for more once for each write that it lacks, and not each time that it looks."""
+    writer, follower = opened(tmp_path / "store", "write"), opened(tmp_path / "store", "follow")
+    asked: list[None] = []
+
+    def changing() -> Iterator[list[object]]:
+        asked.append(None)
+        yield []
+
+    monkeypatch.setattr(follower, "_changing", contextmanager(changing))
+    for number in range(1, 4):
+        writer.write_many([b"a"], [row(number)])
+        for _ in range(5):
+            follower.catch_up()
+        assert len(asked) == number
+    monkeypatch.undo()
+    follower.close()
+    writer.close()
+
+
 def test_what_a_follower_may_not(tmp_path: Path) -> None:
     """A follower neither writes nor makes a store, and leaves no file behind."""
     with pytest.raises(StoreError, match=r"there is no store at .*materialize"):
@@ -156,11 +216,11 @@ def test_what_a_follower_may_not(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="open for reading"), follower.load():
         pass
     assert follower._opened().property_int_value("rocksdb.block-cache-capacity") == 8 << 20
-    assert follower._notes is not None
-    notes = Path(follower._notes.name)
-    assert notes.is_dir()
+    assert follower._messages is not None
+    messages = Path(follower._messages.name)
+    assert messages.is_dir()
     follower.close()
-    assert not notes.exists()
+    assert not messages.exists()
     with pytest.raises(StoreError, match="closed"):
         follower.catch_up()
     writer.close()

@@ -238,7 +238,7 @@ def foreign_families(path: Path) -> None:
 
 def later_format(path: Path) -> None:
     store = opened(path)
-    store._opened()[b"\x00featserve"] = b"rows 2"
+    store._opened()[b"\x00featserve"] = b"rows 3"
     store.close()
 
 
