@@ -184,6 +184,7 @@ class Online:
         known += self.history.events[: max(self.sent, self.written)]
         if self.has_ids and known and self.rng.random() < 0.7:
             come += self.some_changed([known[i] for i in self.rng.integers(len(known), size=events)], self.part())
+        come = self.sure(come)
         if not come:
             return
         come = [replace(e, sequence=self.arrived + i) for i, e in enumerate(come)]
@@ -212,6 +213,7 @@ class Online:
         come = self.some_changed(come, self.part())
         if self.has_ids:
             come += self.some_changed([e for e in come if self.rng.random() < repeated], 1.0)
+        come = self.sure(come)
         come = [replace(e, sequence=position) for position, e in enumerate(come)]
         write_history(self.folder, self.types, come)
         counted = self.views[self.rng.integers(len(self.views))]
@@ -236,6 +238,21 @@ class Online:
             else:
                 made.append(e)
         return made
+
+    def sure(self, events: Sequence[Event]) -> list[Event]:
+        """Return events without those that a view may take for new: it knew the id, of another event than this."""
+        if not self.has_ids:
+            return list(events)
+        left = list(events)
+        for view in self.views:
+            unsure, known = view.unsure(self.now_us), [*view.pushed, *view.loaded]
+            same = {(e.values["event_id"], e.event_time_us, view.key(e)) for e in known}
+            left = [
+                e
+                for e in left
+                if e.values["event_id"] not in unsure or (e.values["event_id"], e.event_time_us, view.key(e)) in same
+            ]
+        return left
 
     def restart(self) -> None:
         """Close the store and open it again."""
