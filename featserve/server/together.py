@@ -19,8 +19,6 @@ from featserve.wire import encode_parts, join_keys, parse, plain_keys
 
 TOGETHER_BYTES = 512
 """The largest request that shares a read: a hundred rows gain nothing by it, and hold the others up."""
-
-
 MOST_SEEN = 4_096
 """Requests that are known without parsing: some hundred bytes each."""
 
@@ -106,10 +104,12 @@ class Sharing:
         (name, values), *others = keys.items()
         if others or not isinstance(values, bytes):
             return
+        request.DiscardUnknownFields()
+        if request.SerializeToString() != data:
+            return  # its fields are in another order, or there are others
         size = len(data) - len(values)
         known, heads = self._seen.setdefault(len(data), (size, {}))
-        request.DiscardUnknownFields()
-        if known == size and request.SerializeToString() == data:  # its fields are in their order, and no others
+        if known == size:
             heads[data[:size]] = plan, rows, name
             self._left -= 1
 

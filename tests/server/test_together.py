@@ -13,8 +13,9 @@ import pytest
 import featserve
 from featserve._proto import serving_pb2 as pb
 from featserve.errors import CorruptRow, DeadlineExceeded, FeatserveError
+from featserve.server import together as together_module
 from featserve.server.service import READS, WRITES, Call, Limits, Service
-from featserve.server.together import TOGETHER_BYTES
+from featserve.server.together import TOGETHER_BYTES, Sharing
 from tests.server.messages import activity, now_us, numbers, packed, ranking, read_error, texts, weather, wide
 from tests.serving import DAMAGED, Project, Server
 
@@ -118,6 +119,21 @@ def test_what_was_seen_before_is_still_what_it_says(service: Service, rng: np.ra
             except FeatserveError:
                 expected = None
             assert answer == expected, each.hex()
+
+
+def test_what_is_remembered_of_requests_is_bounded(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of odd requests nothing is remembered, and of others no more than so many, which are answered all the same."""
+    monkeypatch.setattr(together_module, "MOST_SEEN", 3)
+    sharing = Sharing(service.engine.plans, 10_000)
+    data = wide(1).SerializeToString()
+    for length in range(100):
+        field = b"\xa2\x06" + bytes([length]) + bytes(length)
+        assert len(sharing.shares([data + field])) == 1
+    assert not sharing._seen
+    for rows in [*range(1, 10), *range(1, 10)]:
+        (share,) = sharing.shares([wide(*range(rows)).SerializeToString()])
+        assert share.rows == [rows]
+    assert sum(len(heads) for _, heads in sharing._seen.values()) == len(sharing._seen) == 3
 
 
 def test_one_service_is_read_once(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
