@@ -25,6 +25,7 @@ from featserve._proto import serving_pb2 as pb
 from featserve.codec import RowCodec, key_prefix
 from featserve.config import load_config
 from featserve.registry import Registry
+from featserve.server.native import IO_THREADS
 from featserve.store.database import open_database, options_of
 
 SERVICE = "featserve.v1.FeatureServingService"
@@ -69,7 +70,7 @@ async def serve_grpcio(get_features: Callable[[bytes], bytes]) -> None:
 
 def serve_native(get_features: Callable[[bytes], bytes]) -> None:
     """Serve on a free port; print the address; never return."""
-    front = NativeGrpcFront(ADDRESS, [(f"/{SERVICE}/GetFeatures", False)])
+    front = NativeGrpcFront(ADDRESS, [(f"/{SERVICE}/GetFeatures", False)], io_threads=IO_THREADS)
     front.start()
     print(f"127.0.0.1:{front.bound_port}", flush=True)
     while events := front.recv_batch(TAKEN_AT_ONCE):

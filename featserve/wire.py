@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -197,16 +198,22 @@ def encode_parts(matrix: FeatureMatrix, counts: Sequence[int]) -> list[bytes]:
     if matrix.columns or matrix.valid is not None:
         return [encode_matrix(matrix.part(*ends)).SerializeToString() for ends in pairwise(stops)]
     values, status = matrix.values.tobytes(), matrix.view_status.tobytes()
-    wide, views, id_ = schema.width * schema.numpy_dtype.itemsize, len(schema.views), schema.id
-    return [
-        pb.GetFeaturesResponse(
-            schema_id=id_,
-            rows=stop - start,
-            values=values[start * wide : stop * wide],
-            status=status[start * views : stop * views],
-        ).SerializeToString()
-        for start, stop in pairwise(stops)
-    ]
+    wide, views = schema.width * schema.numpy_dtype.itemsize, len(schema.views)
+    answers = []
+    for start, stop in pairwise(stops):
+        rows = stop - start
+        before, between = _around(schema.id, rows, rows * wide, rows * views)
+        parts = (before, values[start * wide : stop * wide], between, status[start * views : stop * views])
+        answers.append(b"".join(parts))
+    return answers
+
+
+@lru_cache(1_024)
+def _around(schema_id: int, rows: int, values: int, status: int) -> tuple[bytes, bytes]:
+    """Return what stands in an answer before its values, and between these and its status, of so many bytes each."""
+    first = pb.GetFeaturesResponse(schema_id=schema_id, rows=rows, values=bytes(values)).SerializeToString()
+    second = pb.GetFeaturesResponse(status=bytes(status)).SerializeToString()
+    return first[: len(first) - values], second[: len(second) - status]
 
 
 def decode_matrix(answer: pb.GetFeaturesResponse, schema: ServiceSchema) -> FeatureMatrix:

@@ -45,6 +45,8 @@ GET_FEATURES = 0
 TAKEN_AT_ONCE = 1_024
 ANSWERED_AT_ONCE = 16
 """Calls that are answered before the queue is looked at again: what is over the limit is refused at once."""
+IO_THREADS = 1
+"""One thread answers, and one keeps up with it; where cores are few a second one only takes turns with them."""
 MAX_STREAMS = 1 << 16
 """Calls at once on one connection that HTTP/2 lets through, to be answered, or refused with a reason."""
 
@@ -117,7 +119,12 @@ class NativeServer:
         address = f"{host}:{port}"
         try:
             self._front = NativeGrpcFront(
-                address, paths, call_details=True, max_concurrent_streams=MAX_STREAMS, reuse_port=reuse_port
+                address,
+                paths,
+                io_threads=IO_THREADS,
+                call_details=True,
+                max_concurrent_streams=MAX_STREAMS,
+                reuse_port=reuse_port,
             )
         except OSError as error:
             raise cannot_listen(address, error) from None
@@ -251,15 +258,14 @@ class NativeServer:
                 matrix, answers = self._service.get_features_together(share)
             except Exception:  # noqa: BLE001 - the top of a request
                 continue  # alone, each says what is wrong with it
-            answered = [asking[number] for number in share.numbers]
-            for turn, answer in zip(answered, answers, strict=True):
-                self._respond(turn.call_id, answer)
-                del self._reads[turn.call_id]
+            for number, answer in zip(share.numbers, answers, strict=True):
+                call_id = asking[number].call_id
+                self._respond(call_id, answer)
+                del self._reads[call_id]
             if meter is not None:
                 now_s = time.monotonic()
-                meter.add_together(
-                    "GetFeatures", share.plan, matrix, [int((now_s - turn.taken_s) * 1e9) for turn in answered]
-                )
+                taken_ns = [int((now_s - asking[number].taken_s) * 1e9) for number in share.numbers]
+                meter.add_together("GetFeatures", share.plan, matrix, taken_ns)
 
     def _answer(self, turn: Turn) -> None:
         """Answer a call by itself."""

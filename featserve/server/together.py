@@ -7,7 +7,7 @@ now, or is wrong in some way, is in no share: ``Service.get_features`` answers i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from featserve._proto import serving_pb2 as pb
 from featserve.engine import Engine
@@ -28,9 +28,9 @@ class Share:
     """Requests for one service: the number of each among all, its rows and its keys."""
 
     plan: ReadPlan
-    numbers: list[int] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
-    keys: list[dict[str, bytes | Column]] = field(default_factory=list)
+    numbers: list[int]
+    rows: list[int]
+    keys: list[dict[str, bytes | Column]]
 
     def read(self, engine: Engine, now_us: int) -> FeatureMatrix:
         """Return the features of all of them, one after the other; raises as ``Engine.read`` does."""
@@ -70,13 +70,14 @@ class Sharing:
             plan, rows, keys = asked
             small = len(data) <= TOGETHER_BYTES
             share = joined.get(plan.schema.hash) if small else None
-            if share is None:
-                shares.append(share := Share(plan))
-                if small:
-                    joined[plan.schema.hash] = share
-            share.numbers.append(number)
-            share.rows.append(rows)
-            share.keys.append(keys)
+            if share is not None:
+                share.numbers.append(number)
+                share.rows.append(rows)
+                share.keys.append(keys)
+                continue
+            shares.append(share := Share(plan, [number], [rows], [keys]))
+            if small:
+                joined[plan.schema.hash] = share
         return shares
 
     def _asked(self, data: bytes) -> tuple[ReadPlan, int, dict[str, bytes | Column]] | None:
