@@ -44,11 +44,15 @@ GET_FEATURES = 0
 
 TAKEN_AT_ONCE = 1_024
 ANSWERED_AT_ONCE = 16
-"""Calls that are answered before the queue is looked at again: what is over the limit is refused at once."""
+"""Calls that are answered before the queue is looked at again: what is over the limit is refused soon."""
+REFUSED_PER_S = 20_000
+"""Calls that are refused in each second of answering, which takes some seventh of it. A refusal costs nearly what an
+answer does, so who refuses all that comes has no time for answers; what waits in pygrpc-native may still get one."""
 IO_THREADS = 1
 """One thread answers, and one keeps up with it; where cores are few a second one only takes turns with them."""
-MAX_STREAMS = 1 << 16
-"""Calls at once on one connection that HTTP/2 lets through, to be answered, or refused with a reason."""
+MORE_STREAMS = 32
+"""Calls at once on one connection that HTTP/2 lets through beyond the limit, to ask for health, or be told the reason.
+A client that has more of them holds those back itself, at no cost here."""
 
 RESOURCE_EXHAUSTED = 8
 Status = tuple[int, str, list[tuple[str, bytes]]]
@@ -107,6 +111,8 @@ class NativeServer:
         # Of the writes, one that is under way is no longer among those that wait.
         self._writes: dict[int, Turn] = {}
         self._writing = 0
+        self._full, self._looked_s = False, 0.0
+        """Whether there was no room for another call when calls were last taken, and that thread's processor time."""
         self._limited: deque[tuple[float, int]] = deque()
         """When writes end that came without a deadline, in their order; those with one pygrpc-native ends itself."""
         self._counting = threading.Lock()
@@ -123,7 +129,7 @@ class NativeServer:
                 paths,
                 io_threads=IO_THREADS,
                 call_details=True,
-                max_concurrent_streams=MAX_STREAMS,
+                max_concurrent_streams=self._most_calls + MORE_STREAMS,
                 reuse_port=reuse_port,
             )
         except OSError as error:
@@ -184,7 +190,7 @@ class NativeServer:
 
     def _take(self) -> bool:
         """Put the calls that have arrived in their queues, waiting where there is nothing to do; False at the end."""
-        events = self._front.recv_batch_details(TAKEN_AT_ONCE, self._patience_ms())
+        events = self._front.recv_batch_details(self._most_events(), self._patience_ms())
         if events is None:
             return False
         now_s, telemetry = time.monotonic(), self._telemetry
@@ -208,8 +214,17 @@ class NativeServer:
                     self._writer.submit(self._write, call_id)
                     if remaining_s is None:
                         self._limited.append((now_s + limit_s, call_id))
+        self._full = room <= 0
         self._expire(now_s)
         return True
+
+    def _most_events(self) -> int:
+        """Return how many calls to take: beyond those there is room for, the part of them that may be refused now."""
+        if not self._full or self._behind.refusing:
+            return TAKEN_AT_ONCE
+        before_s, self._looked_s = self._looked_s, time.thread_time()
+        refused = 1 + int((self._looked_s - before_s) * REFUSED_PER_S)
+        return min(max(self._most_calls - self._active(), 0) + refused, TAKEN_AT_ONCE)
 
     def _patience_ms(self) -> int | None:
         """Return how long to wait for calls: until the next write expires, and not at all where reads wait."""

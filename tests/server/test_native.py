@@ -1,20 +1,26 @@
-"""The server on pygrpc-native, where it is on its own: what ends a thread of it ends the server."""
+"""The server on pygrpc-native, where it is on its own: what ends a thread of it ends it, and how it refuses calls."""
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
+import struct
 import threading
 from pathlib import Path
 
 import grpc
 import pytest
 
+from bench import h2load
 from featserve._proto.serving_pb2_grpc import FeatureServingServiceStub
 from featserve.config import load_config
 from featserve.errors import ServingError
+from featserve.server import native
 from featserve.server.app import run
-from featserve.server.native import NativeServer
+from featserve.server.native import MORE_STREAMS, NativeServer
 from tests.server.messages import numbers, wide
-from tests.serving import PATIENCE_S, TRANSPORTS, Project
+from tests.serving import PATIENCE_S, TRANSPORTS, Project, Server
 
 
 @pytest.mark.parametrize("method", ["GetFeatures", "WriteRows"])
@@ -42,3 +48,44 @@ def test_a_failure_of_a_thread_ends_the_server(tmp_path: Path, monkeypatch: pyte
         run(config, ready)
     asking[0].join(PATIENCE_S)
     assert codes == [grpc.StatusCode.UNAVAILABLE]
+
+
+def test_a_connection_may_have_little_more_under_way_than_there_is_room_for(tmp_path: Path) -> None:
+    """The first frame of the server, HTTP/2's SETTINGS, allows ``max_concurrent`` streams and some more."""
+    with (
+        Server(Project.make(tmp_path, **TRANSPORTS["native"], max_concurrent=40)) as server,
+        socket.create_connection(("127.0.0.1", server.port), PATIENCE_S) as connection,
+    ):
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0)))
+        frame = connection.makefile("rb")
+        size, kind = struct.unpack(">xHB5x", frame.read(9))
+        settings = dict(struct.iter_unpack(">HI", frame.read(size)))
+    assert kind == 4
+    assert settings[3] == 40 + MORE_STREAMS
+
+
+def test_refusing_leaves_time_to_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that had no room for the calls before refuses one of the next, and as many as that takes little time."""
+    refused: list[int] = []
+    take = NativeServer._take
+
+    def counting(server: NativeServer) -> bool:
+        was_full, before = server._full, server._load.shed
+        goes_on = take(server)
+        if was_full:
+            refused.append(server._load.shed - before)
+        return goes_on
+
+    def load(address: str) -> None:
+        request = wide(1).SerializeToString()
+        h2load.run(address, b"\0" + len(request).to_bytes(4, "big") + request, seconds=1.0, connections=32)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def ready(address: str) -> None:
+        threading.Thread(target=load, args=(address,)).start()
+
+    monkeypatch.setattr(NativeServer, "_take", counting)
+    monkeypatch.setattr(native, "REFUSED_PER_S", 0)
+    run(load_config(Project.make(tmp_path, **TRANSPORTS["native"], max_concurrent=2).folder), ready)
+    assert len(refused) > 100
+    assert set(refused) == {0, 1}
