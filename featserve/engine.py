@@ -76,7 +76,7 @@ def read(
         run(plan.steps, answer.slots, rows, stages)
         if stages is not None:
             stages.begin("place")
-        _place(answer, plan, rows)
+        _unwarned.context.run(_place, answer, plan, rows)
     columns: Any = tuple(answer.columns)
     return FeatureMatrix(schema, answer.values, columns, status, answer.valid, answer.times)
 
@@ -208,11 +208,7 @@ def _place(answer: _Answer, plan: ReadPlan, rows: int) -> None:
             answer.columns[place.column] = col
             continue
         target = slice(place.tensor, place.tensor + place.type.length) if place.type.vector else place.tensor
-        if place.type.floating and answer.values.dtype != col.values.dtype:
-            with np.errstate(over="ignore", invalid="ignore"):  # as in read
-                answer.values[:, target] = col.values
-        else:
-            answer.values[:, target] = col.values
+        answer.values[:, target] = col.values
         if col.valid is not None and not place.type.floating and not place.has_default:
             answer.values[~col.valid, place.tensor] = np.nan
 

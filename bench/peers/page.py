@@ -35,8 +35,8 @@ handler is a gRPC method that reads the same rows from RocksDB, whose row cache 
 and checks nothing."""
 
 RATIOS = """\
-Ratios are medians over the rounds; those of a p99 are of all calls, and to Feast's p90 where it answered too few to
-tell its p99, which is no less."""
+Ratios are medians over the rounds; those of a p99 are of all calls, and to Feast's p90 or p50 where it answered too
+few to tell its p99, which is no less."""
 
 AGAIN = """\
 It installs each peer in an environment of its own in `.peers/`, of the versions that `bench/peers/requirements/` pins,
