@@ -11,13 +11,23 @@ import numpy as np
 import pytest
 
 from featserve.batch import EventBatch
-from featserve.definitions import Aggregate, Calendar, Entity, EventSource, FeatureView, Field, Hopping, Rolling
+from featserve.definitions import (
+    Aggregate,
+    Calendar,
+    Entity,
+    EventSource,
+    FeatureView,
+    Field,
+    Hopping,
+    Rolling,
+    Window,
+)
 from featserve.errors import CorruptRow
 from featserve.folding import beyond, fold, settled, unite
 from featserve.records import RecordCodec
 from featserve.series import Events, Pool, events_of
 from featserve.types import NEVER_US, Column, Float64, Int64, String, column, to_us
-from tests.windows_model import Event, answers, distinct, make_history
+from tests.windows_model import WEEKS, Event, answers, distinct, every_aggregate, make_history
 
 
 def batch_of(view: FeatureView, events: Sequence[Event]) -> EventBatch:
@@ -97,6 +107,19 @@ def test_records_read_as_the_oracle_says(seed: int, in_parts: bool) -> None:
         world.check(keys, now_us)
         if later is not None:
             world.check(keys, int(rng.integers(now_us, later + 1)))
+
+
+@pytest.mark.parametrize("window", WEEKS, ids=lambda window: type(window).__name__)
+def test_every_function_over_every_kind(rng: np.random.Generator, window: Window) -> None:
+    """Each aggregate of each column that it takes, over each kind of window, is the oracle's after every fold."""
+    history = make_history(rng, events=150, windows=[window])
+    world = World(replace(history.view, aggregates=every_aggregate(window), features=()))
+    events = distinct(history.view, history.events)
+    clocks = sorted(t for t, _ in history.asked)[::6]
+    keys = list(dict.fromkeys(key for _, key in history.asked))
+    for some, now_us in zip(np.array_split(rng.permutation(len(events)), len(clocks)), clocks, strict=True):
+        world.fold([events[i] for i in some], now_us)
+        world.check(keys, now_us)
 
 
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)

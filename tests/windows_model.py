@@ -18,6 +18,7 @@ from zoneinfo import ZoneInfo
 
 import numpy as np
 
+from featserve.aggregates import AGGREGATES
 from featserve.definitions import (
     Aggregate,
     Calendar,
@@ -295,6 +296,8 @@ WINDOWS = (
     Calendar(2, "week", "Australia/Lord_Howe"),  # whose clocks change by half an hour
     Calendar(2, "month", "Asia/Kathmandu"),
 )
+WEEKS = (Rolling(7 * DAY), Hopping(7 * DAY, HOUR), Calendar(7, "day", "America/New_York"))
+"""A week of each kind."""
 CHANGES = tuple(
     to_us(datetime.fromisoformat(text))
     for text in (
@@ -388,6 +391,16 @@ def make_view(
     named = EventSource("events", WITH_IDS, source=source, event_id="event_id" if rng.random() < 0.7 else None)
     entity = USER if rng.random() < 0.5 else PLACE
     return FeatureView("windowed", entity, events=named, aggregates=made)
+
+
+def every_aggregate(over: Window) -> list[Aggregate]:
+    """Return each aggregate of the table of each field that it takes and that is no key, over a window."""
+    return [
+        Aggregate(f"{function}_{name}", function, name, over=over)
+        for function, made in AGGREGATES.items()
+        for name, type in TYPES.items()
+        if name not in ("user_id", "region", "event_id") and made(type) is not None
+    ]
 
 
 def _known_at(rng: np.random.Generator, event_time: int) -> int:

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -232,28 +232,36 @@ def test_the_page_is_named_as_prometheus_wants_it(counted: Server) -> None:
 
 
 def test_the_dashboard_asks_for_what_is_exported(counted: Server) -> None:
-    """Every metric and label that a panel of the dashboard names is on the page, and every metric is on a panel."""
+    """Metrics of a panel are on the page, with its labels and the values that it picks; every metric is on a panel."""
     with counted.stub() as stub:
         stub.WriteRows(numbers([1], 1.0))
         stub.GetFeatures(wide(1))
-    samples = scrape(counted)
-    names = {name for name, _ in samples} - {"target_info"}
-    labels = {label for _, have in samples for label, _ in have}
+    found: dict[str, dict[str, set[str]]] = defaultdict(lambda: {"job": {"$job"}, "instance": set()})
+    for name, have in scrape(counted):
+        labels = found[name]
+        for label, text in have:
+            labels.setdefault(label, set()).add(text)
+    names = found.keys() - {"target_info"}
     asked: set[str] = set()
     dashboard = json.loads(DASHBOARD.read_text())
     panels = [panel for panel in dashboard["panels"] if panel["type"] != "row"]
     for panel in panels:
         assert panel["targets"], panel["title"]
         for target in panel["targets"]:
-            named = set(re.findall(r"\b(?:featserve|rpc_server)_\w+(?=[\[{])", target["expr"]))
-            assert named, target["expr"]
+            groups = re.findall(r"\b(?:by|on) \(([^)]*)\)", target["expr"])
+            used = {label for group in groups for label in group.split(", ")}
+            used |= set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
+            picked = re.findall(r"\b((?:featserve|rpc_server)_\w+)\{([^}]*)\}", target["expr"])
+            bare = re.sub(r"\{[^}]*\}|\b(?:by|on) \([^)]*\)", "", target["expr"])
+            named = set(re.findall(r"\b(?:featserve|rpc_server)_\w+", bare))
+            assert named == {name for name, _ in picked} != set(), target["expr"]
             assert named <= names, f"{panel['title']}: {named - names} is not exported"
             asked |= named
-            grouped = re.findall(r"\bby \(([^)]*)\)", target["expr"])
-            used = {label.strip() for group in grouped for label in group.split(",")}
-            used |= set(re.findall(r"(\w+)(?:=~?|!=|!~)\"", target["expr"]))
-            used |= set(re.findall(r"\{\{(\w+)\}\}", target.get("legendFormat", "")))
-            assert used <= labels | {"job", "instance"}, f"{panel['title']}: {used - labels} is no label"
+            for name, matchers in picked:
+                assert used <= found[name].keys(), f"{panel['title']}: {name} has no {used - found[name].keys()}"
+                for label, operator, text in re.findall(r"(\w+)(=~|!~|!=|=)\"([^\"]*)\"", matchers):
+                    pattern = text if "~" in operator else re.escape(text)
+                    assert any(re.fullmatch(pattern, each) for each in found[name][label]), f"{name}: {label} {text}"
     families = {re.sub(r"_(bucket|count|sum)$", "", name) for name in names}
     assert families <= {re.sub(r"_(bucket|count|sum)$", "", name) for name in asked}
     ids = [panel["id"] for panel in dashboard["panels"]]

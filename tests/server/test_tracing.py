@@ -10,6 +10,7 @@ from random import Random
 
 import grpc
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from featserve._proto import serving_pb2 as pb
@@ -19,6 +20,7 @@ from featserve.server.telemetry import UNWATCHED, Telemetry
 from featserve.server.tracing import Tracing
 from tests.server.collector import Collector
 from tests.server.messages import HOUR_US, activity, now_us, nulls, numbers, packed, weather, wide
+from tests.server.test_forward import VISITS
 from tests.server.watched import scored, watched
 from tests.serving import PATIENCE_S, Server, until
 
@@ -147,6 +149,25 @@ def test_writes_and_messages_of_streams_are_requests(transport: str, tmp_path: P
     assert [t.attributes["rpc.response.status_code"] for t in (first, wrong, last)] == ["OK", "NOT_FOUND", "OK"]
     assert [t.attributes.get("featserve.rows") for t in (first, wrong, last)] == [1, None, 3]
     assert {t.span.parent_span_id.hex() for t in (write, *streamed, first, wrong, last)} == {PARENT}
+
+
+def test_pushes_are_requests(transport: str, tmp_path: Path, collector: Collector) -> None:
+    """A push, and each message of a stream of them, is a span with its stages below that of the client's caller."""
+    tracer = TracerProvider(shutdown_on_exit=False).get_tracer("orders")
+    with watched(tmp_path / "p", transport, otlp_endpoint=collector.endpoint, sample_ratio=0) as server:
+        server.apply(VISITS)
+        with server.client() as client, tracer.start_as_current_span("order") as caller:
+            client.push("visits", {"user_id": [1]}, event_time=[now_us()])
+            client.push_stream("visits", [{"user_id": [user]} for user in (1, 2)], event_time=[now_us()])
+        trees = collector.trees(5)
+    context = caller.get_span_context()
+    for tree in trees:
+        assert tree.span.trace_id == context.trace_id.to_bytes(16, "big")
+        assert tree.span.parent_span_id == context.span_id.to_bytes(8, "big")
+    pushed = [tree for tree in trees if not tree.span.name.endswith("DescribeEvents")]
+    names = ["PushEvents", "StreamEvents", "StreamEvents"]
+    assert [tree.span.name for tree in pushed] == [f"{METHOD}{name}" for name in names]
+    assert [tree.names[-3:] for tree in pushed] == [["decode", "events", "store write"]] * 3
 
 
 def test_a_write_that_is_passed_on_is_one_trace(transport: str, tmp_path: Path, collector: Collector) -> None:
