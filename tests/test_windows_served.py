@@ -5,20 +5,23 @@ from __future__ import annotations
 import itertools
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import featserve
+from featserve._proto import serving_pb2 as pb
 from featserve.batch import Pushed
 from featserve.errors import FeatserveError, InvalidRequest, ServingError, UnknownName
 from tests.command_line import run
+from tests.server.messages import HOUR_US, now_us, nulls, packed, refusal, texts
 from tests.serving import TRANSPORTS, Project, Server
 
 pytest_plugins = ["tests.served"]
@@ -182,6 +185,82 @@ def test_refusals_say_what_to_do_and_change_nothing(server: Server) -> None:
                 call()
         got = client.get("users", {"user_id": [1, 2]}).to_dict()
         assert (got["spent.orders"], got["seen.visits"]) == ([1, 0], [4, 0])
+
+
+def order(source: str = "orders", at: bytes | None = None, known: bytes = b"", **changes: Any) -> pb.PushEventsRequest:
+    """Return a push of an order; ``changes`` replaces columns, None leaves one out."""
+    row = {
+        "user_id": packed("user_id", "q", 1),
+        "shop": texts("shop", "a"),
+        "amount": packed("amount", "d", 1.0),
+        "order_id": texts("order_id", "1"),
+    }
+    given = [column for column in (row | changes).values() if column is not None]
+    times = {"event_times": int64(now_us()) if at is None else at, "known_at": known}
+    return pb.PushEventsRequest(source=source, columns=given, **times)
+
+
+def int64(value: int) -> bytes:
+    return value.to_bytes(8, "little")
+
+
+# What is pushed, the reason, the fields at fault, and a part of the message.
+BAD_PUSHES: dict[str, tuple[Callable[[], pb.PushEventsRequest], str, set[str], str]] = {
+    "unknown source": (lambda: order("order"), "UNKNOWN_NAME", set(), "event source 'order'; did you mean 'orders'?"),
+    "unknown version": (lambda: order("orders@2"), "UNKNOWN_NAME", set(), "did you mean 'orders@1'?"),
+    "missing column": (lambda: order(shop=None), "INVALID_REQUEST", {"columns.shop"}, "missing column 'shop' (string)"),
+    "unknown column": (
+        lambda: order(more=texts("shops", "a")), "INVALID_REQUEST", {"columns.shops"}, "did you mean 'shop'?",
+    ),
+    "wrong type": (
+        lambda: order(amount=packed("amount", "f", 1.0)), "INVALID_REQUEST", {"columns.amount"},
+        "expected float64, got float32",
+    ),
+    "ragged columns": (
+        lambda: order(amount=packed("amount", "d", 1.0, 2.0)), "INVALID_REQUEST", {"columns"}, "columns differ",
+    ),
+    "under the min": (
+        lambda: order(amount=packed("amount", "d", -1.0)), "INVALID_REQUEST", {"rows[0].amount"}, "less than the min",
+    ),
+    "null id": (
+        lambda: order(order_id=nulls(texts("order_id", ""), False)), "INVALID_REQUEST", {"rows[0].order_id"}, "is null",
+    ),
+    "not UTF-8": (
+        lambda: order(order_id=texts("order_id", b"gr\xfc\xdfe")), "INVALID_REQUEST", {"columns.order_id"},
+        "row 0 is not valid UTF-8",
+    ),
+    "too many events": (
+        lambda: order(user_id=packed("user_id", "q", *[1] * 10_001)), "TOO_LARGE", {"columns.user_id"},
+        "10,001 rows; the most in one request is 10,000",
+    ),
+    "half an event time": (lambda: order(at=b"1234"), "INVALID_REQUEST", {"event_times"}, "4 bytes are not a whole"),
+    "event time in the future": (
+        lambda: order(at=int64(now_us() + HOUR_US)), "INVALID_REQUEST", {"rows[0].event_time", "rows[0].known_at"},
+        "the last instant accepted now",
+    ),
+    "known in the future": (
+        lambda: order(known=int64(now_us() + HOUR_US)), "INVALID_REQUEST", {"rows[0].known_at"},
+        "the last instant accepted now",
+    ),
+}  # fmt: skip
+
+
+def test_bad_pushes(server: Server) -> None:
+    """Each is refused with its code, reason and fields, alone or on a stream; nothing of it counts, and others do."""
+    with server.stub() as stub:
+        for case, (make, reason, fields, message) in BAD_PUSHES.items():
+            code = grpc.StatusCode.NOT_FOUND if reason == "UNKNOWN_NAME" else grpc.StatusCode.INVALID_ARGUMENT
+            messages = [pb.StreamEventsRequest(request=made) for made in (order(), make())]
+            for error in (
+                refusal(lambda: stub.PushEvents(make())),  # noqa: B023
+                refusal(lambda: stub.StreamEvents(iter(messages))),  # noqa: B023
+            ):
+                assert (error.code, error.reason, set(error.violations or ())) == (code, reason, fields), case
+                assert message in error.message
+            assert error.metadata is not None
+            assert error.metadata["messages_written"] == "1", case
+        with server.client() as client:
+            assert client.get("users", {"user_id": [1]}).to_dict()["spent.orders"] == [1]
 
 
 def test_late_events_are_told_and_not_counted(server: Server) -> None:

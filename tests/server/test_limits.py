@@ -124,6 +124,8 @@ def test_calls_over_the_limit_are_refused_at_once(small: Server, ending: str) ->
         for refused in (
             lambda: stub.GetFeatures(wide(1)),
             lambda: stub.WriteRows(numbers([1], 1.0)),
+            lambda: stub.PushEvents(pb.PushEventsRequest()),
+            lambda: stub.StreamEvents(iter([pb.StreamEventsRequest()])),
             lambda: next(stub.StreamFeatures(iter([pb.StreamFeaturesRequest(request=wide(1))]))),
             lambda: stub.StreamRows(iter([pb.StreamRowsRequest(request=numbers([1], 1.0))])),
         ):

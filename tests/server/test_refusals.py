@@ -12,6 +12,7 @@ import pytest
 
 from featserve._proto import serving_pb2 as pb
 from featserve._proto.serving_pb2_grpc import FeatureServingServiceStub
+from featserve.server.service import READS, WRITE_STREAMS, WRITES
 from tests.server.messages import (
     HOUR_US,
     Refusal,
@@ -289,7 +290,7 @@ def test_a_refused_write_writes_nothing(stub: FeatureServingServiceStub) -> None
     assert stub.GetFeatures(wide(200, 201, 202)).status == bytes([3, 3, 3])
 
 
-@pytest.mark.parametrize("method", ["GetFeatures", "DescribeService", "ListServices", "DescribeView", "WriteRows"])
+@pytest.mark.parametrize("method", [*READS, *WRITES])
 def test_garbage_for_a_message(server: Server, method: str, rng: np.random.Generator) -> None:
     """Bytes that are no message are refused as such; cut and flipped messages never fail in another way."""
     with server.channel() as channel:
@@ -297,7 +298,7 @@ def test_garbage_for_a_message(server: Server, method: str, rng: np.random.Gener
         error = refusal(lambda: call(b"\xff" * 100))
         assert (error.code, error.reason) == (INVALID, "INVALID_REQUEST")
         assert "100 bytes that are no " in error.message
-        whole = (row() if method == "WriteRows" else wide(1, 2, 3)).SerializeToString()
+        whole = (row() if method in WRITES else wide(1, 2, 3)).SerializeToString()
         for _ in range(100):
             damaged = bytearray(whole[: rng.integers(len(whole))] if rng.integers(2) else whole)
             for at in rng.integers(len(damaged) or 1, size=3 if damaged else 0):
@@ -314,8 +315,10 @@ def test_garbage_on_streams(server: Server) -> None:
         answers = [pb.StreamFeaturesResponse.FromString(a) for a in reads(iter([b"\xff", b"", good]))]
         assert [a.error.code for a in answers] == [3, 3, 0]
         assert answers[2].response.rows == 1
-        writes: Any = channel.stream_unary("/featserve.v1.FeatureServingService/StreamRows")
-        assert refusal(lambda: writes(iter([b"\xff"]))).metadata == {"messages_written": "0"}
+        for method in WRITE_STREAMS:
+            writes: Any = channel.stream_unary(f"/featserve.v1.FeatureServingService/{method}")
+            refused = refusal(lambda: writes(iter([b"\xff"])))  # noqa: B023
+            assert (refused.code, refused.metadata) == (INVALID, {"messages_written": "0"})
 
 
 def long_texts(length: int) -> dict[str, Callable[[FeatureServingServiceStub], object]]:
