@@ -56,7 +56,7 @@ def show(title: str, figures: Sequence[Figure]) -> None:
 
 def number(value: float) -> str:
     """Return a number with three digits that say something, or all that stand before the point."""
-    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+    digits = next((digits for digits, least in enumerate((100, 10, 1)) if abs(value) >= least), 3 if value else 0)
     return f"{value:,.{digits}f}"
 
 

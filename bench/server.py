@@ -22,7 +22,7 @@ from featserve._proto import serving_pb2 as pb
 from featserve.wire import FULL_METHOD
 
 KEYS = (1, 10, 100)
-TARGET = 0.7
+TARGET = 0.8
 HOT = 10_000
 ROUNDS = 7
 SECONDS = 1.5
