@@ -123,6 +123,11 @@ class Pushed:
     late: int
     token: str = field(default="", compare=False)
 
+    def outcomes(self) -> dict[str, int]:
+        """Return how many events came to what."""
+        known = {"counted": self.counted, "duplicate": self.duplicates, "late": self.late}
+        return known | {"no_key": self.events - sum(known.values())}
+
 
 def check_request_columns(
     given: Mapping[str, Column | Iterable[Any]], expected: Mapping[str, Type], rows: int

@@ -7,6 +7,7 @@ takes 2.6 µs an entry. Knows neither OpenTelemetry nor Prometheus: ``metrics`` 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from threading import Lock
@@ -70,30 +71,43 @@ class Meter:
 
     ``loads``: one for each transport. ``durations``: nanoseconds, by method, hash of the service or "", and status
     code. ``tallies``: rows and values, by the hash of their service. ``ages``: microseconds, by view. ``written``: rows
-    written, and those of them stored, by view. ``loop_delay``: nanoseconds that the event loop came late to a task.
-    ``ages_due_ns``: a request that begins no sooner is asked for event times, too. Several threads may count.
+    written, and those of them stored, by view. ``pushed``: events by source and what became of them. ``loop_delay``:
+    nanoseconds that the event loop came late to a task. ``ages_due_ns``: a request that begins no sooner is asked for
+    event times, too. Several threads may count.
     """
 
-    def __init__(self, *, ages_every_ns: int = AGES_EVERY_NS) -> None:
+    def __init__(self, *, ages_every_ns: int = AGES_EVERY_NS, of_workers: bool = False) -> None:
+        """``of_workers``: calls come from workers, which count them; what they wrote is counted here."""
         self.loads: list[Load] = []
         self.durations: dict[tuple[str, str, str], Buckets] = {}
         self.tallies: dict[str, Tally] = {}
         self.ages: dict[str, Buckets] = {}
         self.written: dict[str, list[int]] = {}
+        self.pushed: dict[str, Counter[str]] = {}
         self.loop_delay = Buckets(DELAY_NS)
         self.ages_due_ns = 0
         self._lock = Lock()
-        self._ages_every_ns = ages_every_ns
+        self._ages_every_ns, self._of_workers = ages_every_ns, of_workers
         self._counted: dict[tuple[str, str, str], tuple[Buckets, Tally | None]] = {}
 
     def load(self) -> Load:
         """Return a count of a transport's calls, to be summed up with those of others."""
-        self.loads.append(Load())
-        return self.loads[-1]
+        load = Load()
+        if not self._of_workers:
+            self.loads.append(load)
+        return load
 
     def add(self, method: str, code: str, begun_ns: int, ended_ns: int, record: Record) -> None:
         """Count a request that began and ended at these readings of a stopwatch, with the name of its status code."""
         with self._lock:
+            if record.written is not None:
+                rows = self.written.setdefault(record.view, [0, 0])
+                rows[0] += record.written.rows
+                rows[1] += record.written.stored
+            if record.pushed is not None:
+                self.pushed.setdefault(record.source, Counter()).update(record.pushed.outcomes())
+            if self._of_workers:
+                return
             durations, tally = self._counters(method, code, record.plan)
             durations.add(ended_ns - begun_ns)
             matrix = record.matrix
@@ -102,10 +116,6 @@ class Meter:
                 if record.ages:
                     self.ages_due_ns = begun_ns + self._ages_every_ns
                     self._add_ages(matrix, record.now_us)
-            elif record.written is not None:
-                rows = self.written.setdefault(record.view, [0, 0])
-                rows[0] += record.written.rows
-                rows[1] += record.written.stored
 
     def add_together(self, method: str, plan: ReadPlan, matrix: FeatureMatrix, durations_ns: Iterable[int]) -> None:
         """Count requests, each of which was answered with some rows of ``matrix``."""

@@ -106,6 +106,7 @@ def _observe(to: Any, meter: Meter, store: OnlineStore, follower: Follower | Non
     counter("featserve.view.nulls", "{value}", "Null values in the rows that a view had", lambda: _nulls(meter))
     counter("featserve.rows.written", "{row}", "Rows written", lambda: _written(meter, 0))
     counter("featserve.rows.stored", "{row}", "Rows written that were the newest", lambda: _written(meter, 1))
+    counter("featserve.events.pushed", "{event}", "Events pushed, by what became of them", lambda: _pushed(meter))
     gauge("featserve.store.size", "By", "What the store takes on disk", lambda: [({}, store.size_bytes())])
     lag_s: Callable[[], float] = (lambda: 0.0) if follower is None else follower.lag_s
     gauge("featserve.store.lag", "s", "How long ago it last caught up with its writer", lambda: [({}, lag_s())])
@@ -141,6 +142,12 @@ def _nulls(meter: Meter) -> Points:
 
 def _written(meter: Meter, which: int) -> Points:
     return [({"featserve.view": view}, rows[which]) for view, rows in list(meter.written.items())]
+
+
+def _pushed(meter: Meter) -> Points:
+    for source, outcomes in list(meter.pushed.items()):
+        for outcome, events in list(outcomes.items()):
+            yield {"featserve.source": source, "featserve.outcome": outcome}, events
 
 
 def _lookups(store: OnlineStore) -> Points:

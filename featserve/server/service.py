@@ -52,6 +52,8 @@ class Record:
     now_us: int = 0
     view: str = ""
     written: Written | None = None
+    source: str = ""
+    pushed: Pushed | None = None
     error: FeatserveError | None = None
 
 
@@ -231,7 +233,10 @@ class Service:
         skew_us = self._limits.max_future_skew_us
         if stages is not None:
             stages.begin("store write")
-        return self.engine.push(plan, arrival, now_us=self._clock_us(), max_future_skew_us=skew_us)
+        pushed = self.engine.push(plan, arrival, now_us=self._clock_us(), max_future_skew_us=skew_us)
+        if record is not None:
+            record.source, record.pushed = plan.source.name, pushed
+        return pushed
 
     def stream_rows(self) -> WriteStream:
         """Start a StreamRows call."""

@@ -62,7 +62,7 @@ class Telemetry:
         if wanted.prometheus_port is not None:
             from featserve.server.metrics import Page
 
-            meter = Meter()
+            meter = Meter(of_workers=part is not None and part.writes)
             page = Page(meter, store, follower, resource_of(wanted, part), config.server.host, wanted.prometheus_port)
             log.info("metrics", extra={"address": f"http://{page.address}/metrics"})
         if wanted.otlp_endpoint is not None:
@@ -185,4 +185,7 @@ def _end(tracing: Tracing, trace: Trace, method: str, code: int, record: Record)
             attributes["featserve.values.null"] = sum(tally.nulls)
     elif record.written is not None:
         attributes |= {"featserve.view": record.view, "featserve.rows": record.written.rows}
+    elif record.pushed is not None:
+        attributes |= {"featserve.source": record.source, "featserve.events": record.pushed.events}
+        attributes |= {f"featserve.events.{outcome}": count for outcome, count in record.pushed.outcomes().items()}
     tracing.end(trace, name, attributes, str(record.error) if code in SERVER_FAULTS else None)

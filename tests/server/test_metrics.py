@@ -11,6 +11,7 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
 
 import grpc
@@ -30,6 +31,7 @@ from featserve.server.telemetry import Telemetry
 from featserve.store import open_store
 from featserve.types import Column
 from tests.server.messages import HOUR_US, activity, now_us, nulls, numbers, packed, weather, wide
+from tests.server.test_killed_workers import ORDERS
 from tests.server.watched import WITH_TRANSFORMS, page, scored, scrape, value, watched
 from tests.serving import ROOT, Project, Server, until
 
@@ -171,6 +173,22 @@ def test_writes_and_the_store_are_counted(counted: Server) -> None:
     assert {(of["featserve_cache"], of["featserve_result"]) for of in lookups} == {
         ("block", "hit"), ("block", "miss"), ("row", "hit"), ("row", "miss")
     }  # fmt: skip
+
+
+def test_pushed_events_are_counted_by_what_became_of_them(counted: Server) -> None:
+    """An event that counts, one whose id was there, one that is late and one without a key are told apart by source."""
+    counted.apply(ORDERS)
+    now, long_ago = datetime.now(UTC), datetime(2020, 1, 1, tzinfo=UTC)
+    with counted.client() as client:
+        for users, ids, at in (([1, 2, 3], ["a", "b", "c"], now), ([1, None], ["a", "d"], now), ([1], ["e"], long_ago)):
+            client.push("orders", {"user_id": users, "order_id": ids}, event_time=[at] * len(users))
+    samples = scrape(counted)
+
+    def events(outcome: str) -> float:
+        labels = {"featserve_source": "orders", "featserve_outcome": outcome}
+        return value(samples, "featserve_events_pushed_total", **labels)
+
+    assert [events(outcome) for outcome in ("counted", "duplicate", "late", "no_key")] == [3, 1, 1, 1]
 
 
 def test_the_caches_of_a_store_count_hits_and_misses(tmp_path: Path) -> None:

@@ -168,6 +168,8 @@ def test_pushes_are_requests(transport: str, tmp_path: Path, collector: Collecto
     names = ["PushEvents", "StreamEvents", "StreamEvents"]
     assert [tree.span.name for tree in pushed] == [f"{METHOD}{name}" for name in names]
     assert [tree.names[-3:] for tree in pushed] == [["decode", "events", "store write"]] * 3
+    keys = ("source", "events", "events.counted", "events.late")
+    assert [tuple(tree.attributes[f"featserve.{key}"] for key in keys) for tree in pushed] == [("visits", 1, 1, 0)] * 3
 
 
 def test_a_write_that_is_passed_on_is_one_trace(transport: str, tmp_path: Path, collector: Collector) -> None:

@@ -350,7 +350,8 @@ def test_what_keeps_workers_from_starting_is_said(pair: Server) -> None:
 def test_each_worker_has_metrics(transport: str, tmp_path: Path) -> None:
     """Every process has a page of its own, which says what it is, and how far its store lags: the writer's does not.
 
-    A worker lags ever longer until it catches up, as it does when it is asked for a write.
+    A worker lags ever longer until it catches up, as it does when it is asked for a write. The sum of all pages counts
+    a write once: the call in the worker that took it, the rows in the writer.
     """
     project = make(tmp_path, transport, store={"catch_up_ms": 3_600_000})
     with (tmp_path / "featserve.toml").open("a") as settings:
@@ -374,6 +375,12 @@ def test_each_worker_has_metrics(transport: str, tmp_path: Path) -> None:
             assert stub.GetFeatures(wide(1, at_least=token)).status == PRESENT
         caught_up = lags()
         assert caught_up[0] == 0
+        texts = {event["worker"]: fetch(event["address"]) for event in pages}
+        calls = {n: re.findall(r"_duration_seconds_count{.*WriteRows.*} (\S+)", text) for n, text in texts.items()}
+        rows = {n: re.findall(r"^featserve_rows_written_total.* (\S+)$", t, re.MULTILINE) for n, t in texts.items()}
+        assert not calls[0]
+        assert sorted(calls[1] + calls[2]) == ["1.0"]
+        assert rows == {0: ["1.0"], 1: [], 2: []}
         assert 0 < max(caught_up[1], caught_up[2]) < time.monotonic() - began
 
 
