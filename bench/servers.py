@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -50,8 +51,8 @@ class Server:
 
     def cpu_s(self) -> float:
         """Return the seconds of processor time that it has taken, with the processes that it has started."""
-        times = [process.cpu_times() for process in self.processes()]
-        return float(sum(t.user + t.system for t in times))
+        # Linux's clock of a process, as clock_getcpuclockid names it: to the nanosecond, psutil's is to the hundredth.
+        return sum(time.clock_gettime(~process.pid << 3 | 2) for process in self.processes())
 
     def memory_mb(self) -> float:
         """Return the memory that it holds (its resident set), in MiB."""

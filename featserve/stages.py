@@ -7,12 +7,11 @@ begins, or the request ends. A request that nobody watches has no ``Stages``: No
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from time import perf_counter_ns
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Stage:
+class Stage(NamedTuple):
     """One stage of a request: nanoseconds from the start of the first stage to its own, and its length."""
 
     name: str

@@ -21,7 +21,7 @@ from featserve.config import Config, TelemetryConfig
 from featserve.errors import FeatserveError, ServingError
 from featserve.server.meter import Load, Meter
 from featserve.server.service import SERVICE_NAME, Call, Record
-from featserve.server.status import code_of
+from featserve.server.status import MESSAGE_BYTES, code_of, cut
 from featserve.server.tally import Tally
 from featserve.server.workers import Part
 from featserve.store import OnlineStore
@@ -188,4 +188,4 @@ def _end(tracing: Tracing, trace: Trace, method: str, code: int, record: Record)
     elif record.pushed is not None:
         attributes |= {"featserve.source": record.source, "featserve.events": record.pushed.events}
         attributes |= {f"featserve.events.{outcome}": count for outcome, count in record.pushed.outcomes().items()}
-    tracing.end(trace, name, attributes, str(record.error) if code in SERVER_FAULTS else None)
+    tracing.end(trace, name, attributes, cut(str(record.error), MESSAGE_BYTES) if code in SERVER_FAULTS else None)

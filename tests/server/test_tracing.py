@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,14 +9,16 @@ from random import Random
 
 import grpc
 import pytest
+from opentelemetry.proto.trace.v1.trace_pb2 import ScopeSpans, Span
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from featserve._proto import serving_pb2 as pb
 from featserve.config import TelemetryConfig
+from featserve.errors import ServingError
 from featserve.server.service import Call
 from featserve.server.telemetry import UNWATCHED, Telemetry
-from featserve.server.tracing import Tracing
+from featserve.server.tracing import Ended, Tracing
 from tests.server.collector import Collector
 from tests.server.messages import HOUR_US, activity, now_us, nulls, numbers, packed, weather, wide
 from tests.server.test_forward import VISITS
@@ -319,11 +320,28 @@ def test_times_are_those_of_the_stopwatch() -> None:
     trace.stages.end()
     tracing.end(trace, "request", {"a": 1}, None)
     tracing.close(10)
-    first, second, request = exporter.get_finished_spans()
+    first, second, request = spans(exporter)
     assert (first.name, second.name, request.name) == ("first", "second", "request")
-    assert first.start_time is not None
-    assert first.end_time is not None
-    assert first.end_time - first.start_time >= 20_000_000
-    assert before_ns - 1_000_000 <= first.start_time < time.time_ns()
-    assert (request.start_time, request.end_time) == (first.start_time, second.end_time)
-    assert struct.pack(">Q", first.parent.span_id if first.parent else 0) == struct.pack(">Q", request.context.span_id)
+    assert first.end_time_unix_nano - first.start_time_unix_nano >= 20_000_000
+    assert before_ns - 1_000_000 <= first.start_time_unix_nano < time.time_ns()
+    assert request.start_time_unix_nano == first.start_time_unix_nano
+    assert request.end_time_unix_nano == second.end_time_unix_nano
+    assert first.parent_span_id == second.parent_span_id == request.span_id
+
+
+def test_an_error_that_is_no_text_is_told() -> None:
+    """A message that UTF-8 cannot hold is told as far as it can, and its request fails with nothing else."""
+    exporter = InMemorySpanExporter()
+    telemetry = Telemetry(Tracing(TelemetryConfig(sample_ratio=1), exporter=exporter))
+    with pytest.raises(ServingError, match="half"), telemetry.watch("GetFeatures", Call()):
+        raise ServingError("half \ud83d of a pair")
+    telemetry.close()
+    (_, request) = spans(exporter)
+    assert request.status.message == "half ? of a pair"
+
+
+def spans(exporter: InMemorySpanExporter) -> list[Span]:
+    """Return the spans of the one request that has ended."""
+    (ended,) = exporter.get_finished_spans()
+    assert isinstance(ended, Ended)
+    return list(ScopeSpans.FromString(ended.spans).spans)
