@@ -15,6 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from bench import load, servers
 from bench.report import ROOT, Figure, number
 from bench.servers import Server
 from featserve._proto import serving_pb2 as pb
-from featserve.batch import Arrival, Int64s
+from featserve.batch import Arrival, EntityKeys, Int64s
 from featserve.config import load_config
 from featserve.embedded import clock_us
 from featserve.load_test import Load, LoadTest, Range, Reads, run
@@ -35,12 +36,14 @@ from featserve.load_test.result import Round, merge
 from featserve.project import load_definitions
 from featserve.registry import Registry
 from featserve.types import Column, Float64, Int64
+from featserve.windows import DAY_US
 from featserve.wire import encode_push
 
 ENTITIES, EVENTS = 1_000, 1_000
 KEYS = 100
 VIEWS = ("hopping", "calendar", "rolling")
 ROUNDS, SECONDS = 7, 1.5
+READ_TURNS = 20
 TARGET = 0.5
 PUSHED_PER_S, MESSAGE_EVENTS = 20_000, 1_000
 READS_PER_S, TURNS, TURN_S = 200.0, 4, 5.0
@@ -97,7 +100,7 @@ def measure(folder: Path) -> list[Figure]:
     folder = folder / "windows"
     make(folder)
     with servers.ours(folder) as server:
-        figures = compare(server)
+        figures = [*compare(server), *in_process(folder)]
     # As users start it: workers that read, and one process that all events go to.
     copied = shutil.copytree(folder, folder.with_name("windows-copied"))
     with servers.ours(folder, workers=2) as server, servers.ours(copied, workers=2) as other:
@@ -150,6 +153,29 @@ def compare(server: Server) -> list[Figure]:
         note = f"rounds {ratios[0]:.2f} to {ratios[-1]:.2f}"
         figures.append(Figure(f"{KEYS} keys: {name} to plain", statistics.median(ratios), "", target, note=note))
     return [*figures, *(Figure(f"  {name}", statistics.median(found), "req/s") for name, found in rates.items())]
+
+
+def in_process(folder: Path) -> list[Figure]:
+    """Return what a read of each view takes of the processor with no server: of records that were read before.
+
+    And of such as were not, as far as windows can tell: instants a day apart have no bucket in common.
+    """
+    random, now_us = np.random.default_rng(5), clock_us()
+    asked = [EntityKeys({"account_id": Column(Int64, random.integers(0, ENTITIES, KEYS))}, KEYS) for _ in range(100)]
+    figures: dict[tuple[str, int], float] = {}
+    with featserve.open(folder) as project:
+        for apart_us, _, name in product((0, DAY_US), range(READ_TURNS), ("plain", *VIEWS)):
+            plan = project.engine.plans.service(name)
+            began_ns = time.thread_time_ns()
+            for i, keys in enumerate(asked):
+                project.engine.read(plan, keys, now_us + i % 2 * apart_us)
+            took_us = (time.thread_time_ns() - began_ns) / 1e3 / len(asked)
+            figures[name, apart_us] = min(figures.get((name, apart_us), took_us), took_us)
+    return [
+        Figure(f"  {name}, processor time in process", figures[name, 0], "us",
+               note=f"records not read before {number(figures[name, DAY_US])} us")
+        for name in ("plain", *VIEWS)
+    ]  # fmt: skip
 
 
 def requests_per_s(address: str, service: str, seed: int) -> float:

@@ -210,15 +210,18 @@ class RowCodec:
         words[:, 4:] = _pack(validity)
         return self._pack_strings(fixed, batch.columns, block) if self.variable else None
 
-    def finish(self, fixed: Array, event_time_us: Int64s, valid: Mask, strings: Mapping[str, Column]) -> Rows:
+    def finish(
+        self, fixed: Array, event_time_us: Int64s, known_at_us: Int64s, valid: Mask, strings: Mapping[str, Column]
+    ) -> Rows:
         """Return rows that are made in place: ``fixed`` of ``dtype`` and shape (n,), all but its heads and strings.
 
-        ``event_time_us``: all three times of each row. ``valid``: of shape (features, n); in the places of nulls of
-        fixed width may be anything.
+        They have no sequence. ``valid``: of shape (features, n); in the places of nulls of fixed width may be anything.
         """
         words = fixed["words"]
         words[:, 0] = self.lowest[0]
-        words[:, 1:4] = (event_time_us.view(np.uint64) ^ _SIGN)[:, None]
+        words[:, 1] = event_time_us.view(np.uint64) ^ _SIGN
+        words[:, 2] = known_at_us.view(np.uint64) ^ _SIGN
+        words[:, 3] = _SIGN
         if np.count_nonzero(valid) == valid.size:
             words[:, 4:] = self.lowest[4:]
         else:
@@ -346,6 +349,10 @@ class Rows:
         """Return the event times and the known-at times, int64 microseconds of shape (n,)."""
         words = self.fixed["words"]
         return (words[:, 1] ^ _SIGN).view(np.int64), (words[:, 2] ^ _SIGN).view(np.int64)
+
+    def known_by(self, time_us: int) -> bool:
+        """Say whether no row became known after that instant."""
+        return bool(np.maximum.reduce(self.fixed["words"][:, 2]) <= time_us + 2**63)
 
     def validity(self, features: int) -> Mask:
         """Return bool of shape (n, features), False where a stored value is null."""

@@ -1,12 +1,13 @@
 """What windows are served as: from the words of structs, as records hold them, to the rows that a plan reads.
 
 Comes in: for each window of each entity, the words of the one struct that stands for all of it. Goes out: rows. Each
-feature is made for all entities at once, from contiguous words. Knows no record and no store.
+feature is made for all entities at once, from contiguous words. ``Made`` keeps rows. Knows no store, and no layout of
+records.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +19,9 @@ from featserve.codec import RowCodec, Rows
 from featserve.folding import joined
 from featserve.series import Layout
 from featserve.types import Array, Column, Mask, gather
+
+ROW_BYTES = 300
+"""What a row that is kept takes beside its record: its bytes, two ids and its part of the dictionary."""
 
 
 class Strings(NamedTuple):
@@ -89,11 +93,11 @@ class Finals:
                 words[i] = to_words(part)
         return words
 
-    def rows(self, words: Int64s, held: Int64s, event_time_us: Int64s, strings: Strings) -> Rows:
+    def rows(self, words: Int64s, held: Int64s, event_time_us: Int64s, known_at_us: Int64s, strings: Strings) -> Rows:
         """Return the rows of n entities.
 
         ``words``: of shape (words, n), zero where no struct is. ``held``: how many structs each cut holds, shape
-        (cuts, n). ``event_time_us``: the newest event time of each, of shape (n,).
+        (cuts, n). ``event_time_us``, ``known_at_us``: the times of each row, of shape (n,).
         """
         codec = self._rows
         fixed = np.empty(len(event_time_us), codec.dtype)
@@ -112,7 +116,38 @@ class Finals:
             else:
                 run, at = codec.place[f.name]
                 fixed[run][:, at] = values
-        return codec.finish(fixed, event_time_us, valid, texts)
+        return codec.finish(fixed, event_time_us, known_at_us, valid, texts)
+
+
+class Made:
+    """Rows that were made of records, each with its recent part, by the ids of both.
+
+    The records are not let go of before their rows. So what is where a record was in memory is that record, and no read
+    has to look at what is in it. ``held``: what all of it takes, in bytes.
+    """
+
+    def __init__(self) -> None:
+        self._rows: dict[tuple[int, int], bytes] = {}
+        self._records: list[bytes | None] = []
+        self.held = 0
+
+    def get(self, pairs: Sequence[tuple[int, int]]) -> list[bytes | None]:
+        """Return the row of each pair, None where it is not here."""
+        return list(map(self._rows.get, pairs))
+
+    def add(
+        self,
+        pairs: Sequence[tuple[int, int]],
+        records: Sequence[bytes | None],
+        recent: Sequence[bytes | None],
+        rows: Sequence[bytes],
+    ) -> None:
+        """Take the rows of records with their recent parts, whose ids are ``pairs``."""
+        for parts in (records, recent):
+            self._records += parts
+            self.held += sum(map(len, filter(None, parts)))
+        self.held += ROW_BYTES * len(rows)
+        self._rows.update(zip(pairs, rows, strict=True))
 
 
 def from_words(words: Int64s, dtype: DType) -> Array:

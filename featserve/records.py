@@ -15,22 +15,22 @@ A string's word is where it starts, in bytes from the first, times 2^32, plus it
 int64 or float64. A read finds, for all windows of all rows at once, the struct of the first bucket: by counting where
 each bucket has one, else by bisection. It takes from it the words that stand for the whole window, of which ``finals``
 makes rows. What is kept in two parts (``Layout.in_parts``) is two records: a read finds a struct in each, and merges
-the two. Knows no store and no clock.
+the two. Rows are kept, and served again, until a first bucket moves on. Knows no store and no clock.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from featserve.batch import Int64s
 from featserve.codec import MAGIC, MAX_ROW_BYTES, VERSION, RowCodec, Rows
-from featserve.definitions import FeatureView
-from featserve.errors import CorruptRow, TooLarge, invalid
-from featserve.finals import Finals, Strings, from_words, to_words
+from featserve.definitions import FeatureView, Rolling
+from featserve.errors import CorruptRow, InvalidRequest, TooLarge, invalid
+from featserve.finals import Finals, Made, Strings, from_words, to_words
 from featserve.folding import filled, fold
 from featserve.series import Events, Layout, Measure, Pool, Run, Series, State, value_dtype
 from featserve.types import NEVER_US, Array, Mask, from_us
@@ -38,6 +38,8 @@ from featserve.windows import first_period, first_periods, starts
 
 KIND = 2
 EXACT, NEWEST, SEEN, WAITING, STRINGS, COUNTS = 4, 5, 6, 7, 8, 9
+HELD_BYTES = 32 << 20
+"""What the rows of a view that are kept take at most, with the records that they were made of."""
 
 Coded = tuple[Int64s, Array, Mask]
 """A column of codes: the record of each, the codes, and which of them are there."""
@@ -61,12 +63,16 @@ class _Parsed:
 
 
 class _Firsts(NamedTuple):
-    """The first bucket of each cut, shape (cuts, 1), and the earliest start, at any instant from one up to another."""
+    """The first bucket of each cut, shape (cuts, 1), and the earliest start, at any instant from one up to another.
+
+    ``made``: the rows that records were read as.
+    """
 
     since_us: int
     until_us: int
     firsts: Int64s
     earliest: Int64s
+    made: Made
 
 
 class RecordCodec:
@@ -88,13 +94,15 @@ class RecordCodec:
         self._shared = np.flatnonzero([series[number].distinct is not None for number in self._cut_series])
         """The cuts of which a bucket may have many structs."""
         self._finals = Finals(self.layout, self.rows)
-        self._kept = _Firsts(0, 0, np.zeros((0, 1), np.int64), np.zeros(1, np.int64))
+        self._kept = _Firsts(0, 0, np.zeros((0, 1), np.int64), np.zeros(1, np.int64), Made())
+        rolls = any(isinstance(window, Rolling) for _, window in self.layout.cuts)
+        self._lasting = not (rolls or self.rows.variable)
+        """Whether rows are kept with the first buckets: not where those are others each microsecond."""
         self.empty = self.encode(State.empty(self.layout, 1), Pool())[0]
         """The record of an entity without an event."""
 
     # Reading
 
-    @np.errstate(all="ignore")  # where nothing is counted, partials are anything
     def read(
         self,
         records: Sequence[bytes | None],
@@ -103,12 +111,57 @@ class RecordCodec:
         recent: Sequence[bytes | None] = (),
         as_of: bool = False,
     ) -> Rows:
-        """Return n records as the rows that are served at ``now_us``.
+        """Return n records as the rows that are served at ``now_us``, each known at the newest event in it.
 
         ``recent``: the other parts of what is kept in two, one for each record. ``as_of``: the caller asked for that
         instant. Where an event was folded after it, the read is refused then; otherwise the entity is read as of that
         event, which came while the request was under way. Raises InvalidRequest or CorruptRow.
         """
+        recent = recent or [None] * len(records)
+        if not self._lasting:
+            return self._read(records, recent, now_us, as_of)[0]
+        made = self._at(now_us).made
+        pairs = list(zip(map(id, records), map(id, recent), strict=True))
+        rows: Any = made.get(pairs)
+        if None in rows:
+            missing = [i for i, row in enumerate(rows) if row is None]
+            if len(missing) == len(rows):
+                return self._make(made, pairs, records, recent, now_us, as_of)
+            try:
+                new: Any = [[column[i] for i in missing] for column in (pairs, records, recent)]
+                fresh = self._make(made, new[0], new[1], new[2], now_us, as_of)
+            except (CorruptRow, InvalidRequest):
+                self._read(records, recent, now_us, as_of)  # says it of the whole batch
+                raise
+            for i, row in zip(missing, self.rows.join(fresh.fixed, None), strict=True):
+                rows[i] = row
+        decoded = self.rows.decode(rows)
+        if decoded.known_by(now_us):
+            return decoded
+        return self._read(records, recent, now_us, as_of)[0]  # an event came, and was read, after this instant
+
+    def _make(
+        self,
+        made: Made,
+        pairs: Sequence[tuple[int, int]],
+        records: Sequence[bytes | None],
+        recent: Sequence[bytes | None],
+        now_us: int,
+        as_of: bool,
+    ) -> Rows:
+        """Return what ``_read`` does, and keep it if it lasts; where too much is held by then, the next begin anew."""
+        fresh, lasts = self._read(records, recent, now_us, as_of)
+        if lasts:
+            made.add(pairs, records, recent, self.rows.join(fresh.fixed, None))
+            if made.held > HELD_BYTES:
+                self._kept = self._kept._replace(made=Made())
+        return fresh
+
+    @np.errstate(all="ignore")  # where nothing is counted, partials are anything
+    def _read(
+        self, records: Sequence[bytes | None], recent: Sequence[bytes | None], now_us: int, as_of: bool = False
+    ) -> tuple[Rows, bool]:
+        """Return what ``read`` does, and whether the rows stay the same until a first bucket moves on."""
         found = [self.empty if record is None else record for record in records]
         rows = len(found)
         parts = [(i, part) for i, part in enumerate(recent) if part is not None and part != self.empty]
@@ -128,12 +181,16 @@ class RecordCodec:
                     f"{from_us(now_us)} is before: ask for that instant or a later one",
                 )
             instants = np.maximum(exact, now_us)
-        if np.count_nonzero(parsed.header[WAITING]):
+        waits = bool(np.count_nonzero(parsed.header[WAITING]))
+        if waits:
             settled = self._settled(found, parsed, now_us)
             if settled is not None:
-                return self.read(settled, now_us, recent=recent)
-        firsts, earliest = self._firsts(now_us, instants)
-        if parts and instants is not None:
+                return self._read(settled, recent, now_us)[0], False
+        if instants is None:
+            kept = self._at(now_us)
+            firsts, earliest = kept.firsts, kept.earliest
+        else:
+            firsts, earliest = self._each_at(instants)
             firsts = np.append(firsts, firsts[:, split], axis=1)
         at, held = self._found(parsed, firsts)
         words = parsed.words.take(at[self._finals.cuts] + self._finals.offsets, mode="clip")
@@ -141,7 +198,8 @@ class RecordCodec:
             words[:, split] = self._finals.merged(words[:, split], words[:, rows:])
         event_time_us = np.where(newest < earliest, NEVER_US, newest)
         strings = Strings(np.frombuffer(parsed.data, np.uint8), parsed.strings)
-        return self._finals.rows(words[:, :rows], held[:, :rows], event_time_us, strings)
+        made = self._finals.rows(words[:, :rows], held[:, :rows], event_time_us, exact, strings)
+        return made, instants is None and not waits
 
     def _settled(self, records: list[bytes], parsed: _Parsed, now_us: int) -> list[bytes] | None:
         """Return the records with the events folded that have become visible since they were written, if any have."""
@@ -158,18 +216,20 @@ class RecordCodec:
         settled = dict(zip(rows.tolist(), new, strict=True))
         return [settled.get(i, record) for i, record in enumerate(records)]
 
-    def _firsts(self, now_us: int, instants: Int64s | None) -> tuple[Int64s, Int64s]:
-        """Return the first bucket of each cut, shape (cuts, 1 or n), and the earliest start of all, shape (1 or n,)."""
-        windows = [window for _, window in self.layout.cuts]
-        if instants is not None:
-            firsts = np.stack([first_periods(window, instants) for window in windows])
-            return firsts, np.minimum.reduce([starts(window, instants) for window in windows])
+    def _at(self, now_us: int) -> _Firsts:
+        """Return the first bucket of each cut at an instant, as it is kept until one of them moves on."""
         kept = self._kept
         if not kept.since_us <= now_us < kept.until_us:
-            numbers, begins, ends = zip(*(first_period(window, now_us) for window in windows), strict=True)
+            numbers, begins, ends = zip(*(first_period(window, now_us) for _, window in self.layout.cuts), strict=True)
             firsts = np.array(numbers, np.int64)[:, None]
-            kept = self._kept = _Firsts(now_us, min(ends), firsts, np.array([min(begins)], np.int64))
-        return kept.firsts, kept.earliest
+            kept = self._kept = _Firsts(now_us, min(ends), firsts, np.array([min(begins)], np.int64), Made())
+        return kept
+
+    def _each_at(self, instants: Int64s) -> tuple[Int64s, Int64s]:
+        """Return the first bucket of each cut at each instant, shape (cuts, n), and the earliest start of each."""
+        windows = [window for _, window in self.layout.cuts]
+        firsts = np.stack([first_periods(window, instants) for window in windows])
+        return firsts, np.minimum.reduce([starts(window, instants) for window in windows])
 
     def _found(self, parsed: _Parsed, firsts: Int64s) -> tuple[Int64s, Int64s]:
         """Return where the struct of the first bucket of each cut is, that of zeros where there is none: (cuts, n).

@@ -22,7 +22,8 @@ from featserve.definitions import (
     Rolling,
     Window,
 )
-from featserve.errors import CorruptRow
+from featserve.errors import CorruptRow, InvalidRequest
+from featserve.finals import ROW_BYTES
 from featserve.folding import beyond, fold, settled, unite
 from featserve.records import RecordCodec
 from featserve.series import Events, Pool, events_of
@@ -232,6 +233,83 @@ def test_buckets_between_others_have_structs_where_those_are_few(every: int, eve
         rows = codec.read([codec.empty, record], hour * hour_us)
         held = sum(time_us >= (hour - 168) * hour_us for time_us in times)
         assert rows.column(Int64, codec.rows.place["count"], None).to_list() == [0, held]
+
+
+LASTING = clicks_of(
+    Aggregate("short", "count", over=Hopping(HOUR, timedelta(minutes=5))),
+    Aggregate("mean", "mean", "amount", over=Hopping(7 * DAY, HOUR)),
+    Aggregate("most", "max", "amount", over=Calendar(2, "day", "Europe/Berlin")),
+)
+
+
+def outcome(codec: RecordCodec, parts: Sequence[Sequence[bytes | None]], now_us: int, as_of: bool) -> bytes | str:
+    """Return the rows that records and recent parts are read as, or why they are not."""
+    try:
+        return codec.read(parts[0], now_us, recent=parts[1], as_of=as_of).fixed.tobytes()
+    except (InvalidRequest, CorruptRow) as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_was_read_before_changes_no_row(seed: int) -> None:
+    """Whatever was read, of earlier records and at other instants, the next read is that of a codec that is new.
+
+    Instants are before and after events, some of which wait, and before and after hops; a record may be damaged.
+    """
+    rng = np.random.default_rng(seed)
+    codec, second_us = RecordCodec(LASTING), 1_000_000
+    now_us = to_us(datetime(2026, 3, 29, tzinfo=UTC))
+    records: list[bytes | None] = [None] * 6
+    recent: list[bytes | None] = [None] * 6
+    for _ in range(250):
+        now_us += int(rng.choice([0, 1, 10 * second_us, 280 * second_us], p=[0.3, 0.3, 0.3, 0.1]))
+        entity, part = int(rng.integers(6)), recent if rng.random() < 0.5 else records
+        if rng.random() < 0.2:
+            earliest_us = -int(rng.choice([2, 7_200])) * second_us
+            latest_us = 20 * second_us if part is records else 1  # nothing waits in what came lately
+            batch = clicks((now_us + rng.integers(earliest_us, latest_us, 3)).tolist())
+            part[entity], _ = folded(codec, part[entity] or codec.empty, batch, now_us)
+        asked = rng.integers(0, 6, rng.integers(1, 9)).tolist()
+        parts = [records[i] for i in asked], [recent[i] for i in asked]
+        if rng.random() < 0.05:
+            parts[0][-1] = b"damaged!"
+        read_us = now_us + int(rng.choice([0, 0, -second_us, -1, second_us]))
+        as_of = bool(rng.random() < 0.5)
+        assert outcome(codec, parts, read_us, as_of) == outcome(RecordCodec(LASTING), parts, read_us, as_of)
+
+
+def test_a_record_is_looked_at_once_until_a_window_moves_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a hop only records that are new are parsed; with the next hop all are."""
+    codec, hop_us = RecordCodec(LASTING), 300_000_000
+    now_us = to_us(datetime(2026, 3, 1, tzinfo=UTC))
+    one, two, three = (folded(codec, codec.empty, clicks([now_us - i]), now_us)[0] for i in range(3))
+    parsed: list[int] = []
+    parse = codec._parse
+
+    def counted(records: Sequence[bytes]) -> Any:
+        parsed.append(len(records))
+        return parse(records)
+
+    monkeypatch.setattr(codec, "_parse", counted)
+    codec.read([one, two], now_us)
+    codec.read([two, one, two], now_us + hop_us - 1)
+    assert parsed == [2]
+    codec.read([two, three, one], now_us + 1)
+    codec.read([two], now_us + 1, recent=[three])
+    assert parsed == [2, 1, 2]
+    codec.read([one], now_us + hop_us)
+    assert parsed == [2, 1, 2, 1]
+
+
+def test_what_is_held_for_rows_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many records are read within a hop, those that are held take the bound and one read more at most."""
+    monkeypatch.setattr("featserve.records.HELD_BYTES", 10_000)
+    codec = RecordCodec(LASTING)
+    now_us = to_us(datetime(2026, 3, 1, tzinfo=UTC))
+    record, _ = folded(codec, codec.empty, clicks([now_us]), now_us)
+    for _ in range(1_000):
+        codec.read([bytes(bytearray(record))], now_us)
+        assert codec._kept.made.held <= 10_000 + len(record) + ROW_BYTES
 
 
 @pytest.mark.parametrize(
