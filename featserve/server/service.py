@@ -8,7 +8,9 @@ again once that is ``caught_up``. A transport that has several reads at once may
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -35,6 +37,8 @@ from featserve.wire import (
 
 WAITED = 0.9
 """The part of its deadline that a request waits for a write; the rest is for saying that it did not come."""
+SWITCH_S, USUAL_SWITCH_S = 0.0001, sys.getswitchinterval()
+"""How long a thread waits for Python code of another, which then lets it in: while something is written, and else."""
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["FeatureServingService"].full_name
 
 
@@ -75,6 +79,16 @@ class Limits:
 
     max_rows: int
     max_future_skew_us: int
+
+
+@contextmanager
+def _giving_way() -> Iterator[None]:
+    """Let threads that read in soon: a write is a millisecond of Python code, and they would wait for all of it."""
+    sys.setswitchinterval(SWITCH_S)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(USUAL_SWITCH_S)
 
 
 class Service:
@@ -198,6 +212,7 @@ class Service:
         answer = pb.WriteRowsResponse(rows=written.rows, stored=written.stored, token=written.token)
         return answer.SerializeToString()
 
+    @_giving_way()
     def _write(self, request: pb.WriteRowsRequest, record: Record | None) -> Written:
         stages = None if record is None else record.stages
         if stages is not None:
@@ -224,6 +239,7 @@ class Service:
         pushed = self._push(parse(pb.PushEventsRequest, data), call.record)
         return pb.PushEventsResponse(**asdict(pushed)).SerializeToString()
 
+    @_giving_way()
     def _push(self, request: pb.PushEventsRequest, record: Record | None) -> Pushed:
         stages = None if record is None else record.stages
         if stages is not None:

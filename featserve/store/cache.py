@@ -8,13 +8,14 @@ old one, one for one, as freeing a million rows at once would stop everybody; wh
 old one. Dictionaries of bytes hold nothing that Python's garbage collector would have to look at.
 
 A read that misses goes to the store while others may write. So it says what ``state`` was before, and its rows are
-taken only if no write has begun or ended since: nothing old gets in after a write has replaced it.
+taken only if no write has begun or ended since: nothing old gets in after a write has replaced it. Rows that are read
+while something is written go together where they are not among what it changes.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 ROW_BYTES = 150
 """What a row takes in memory beside the bytes of its key and its own: two objects and its part of the dictionary."""
@@ -34,6 +35,8 @@ class RowCache:
         self._lock = threading.Lock()
         self.state = 0
         """Another number after each beginning and end of a write; odd during one."""
+        self._last: tuple[int, Set[bytes] | None] = -1, None
+        """The number of the last write, and which keys it changes; None where that may be any."""
         self.hits = self.misses = 0
 
     def get(self, keys: list[bytes]) -> list[bytes | None]:
@@ -48,6 +51,14 @@ class RowCache:
         self.hits += len(keys)
         return rows
 
+    def peek(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Return the row of each key as ``get`` does, for the writer: it counts for nothing and stays where it is."""
+        rows: list[bytes | None] = list(map(self._young.get, keys))
+        if None in rows:
+            old = self._old
+            rows = [old.get(key) if row is None else row for key, row in zip(keys, rows, strict=True)]
+        return rows
+
     def add(self, keys: Sequence[bytes], rows: Iterable[bytes | None], state: int) -> None:
         """Take the rows that the store had of keys, where no write has begun or ended since ``state``."""
         with self._lock:
@@ -57,9 +68,19 @@ class RowCache:
                         self._take(key)  # another thread may have read it, too
                         self._put(key, row)
 
-    def begin(self) -> None:
-        """Take nothing more until the write that begins has ended. One write is under way at a time."""
+    def apart(self, keys: Iterable[bytes], state: int) -> bool:
+        """Say whether one write was under way since ``state``, no more, and is known to change none of these keys."""
+        now = self.state
+        number, changed = self._last
+        return number == state // 2 == (now - 1) // 2 and changed is not None and changed.isdisjoint(keys)
+
+    def begin(self, keys: Set[bytes] | None) -> None:
+        """Take nothing more until the write that begins has ended. One write is under way at a time.
+
+        ``keys``: which it changes; None where that may be any.
+        """
         with self._lock:
+            self._last = self.state // 2, keys
             self.state += 1
 
     def end(self, changed: Mapping[bytes, bytes | None] | None) -> None:
@@ -68,13 +89,14 @@ class RowCache:
         ``changed`` is None where the write may have changed any row.
         """
         with self._lock:
+            self._last = self.state // 2, None if changed is None else changed.keys()
             if changed is None:
                 self._left += [self._old, self._young]
                 self._old, self._young, self._bytes = {}, {}, 0
             else:
                 for key, row in changed.items():
-                    if self._take(key) is not None and row:
-                        self._put(key, row)
+                    self._replace(key, row)
+                self._fit()
             self.state += 1
 
     def _bring_back(self, key: bytes) -> bytes | None:
@@ -92,10 +114,26 @@ class RowCache:
             self._bytes -= _bytes(key, row)
         return row
 
+    def _replace(self, key: bytes, row: bytes | None) -> None:
+        """Put a row where one of its key is, if one is, or remove that one, under the lock."""
+        rows = self._young if key in self._young else self._old
+        if (before := rows.get(key)) is None:
+            return
+        if row:
+            rows[key] = row
+            self._bytes += len(row) - len(before)
+        else:
+            del rows[key]
+            self._bytes -= _bytes(key, before)
+
     def _put(self, key: bytes, row: bytes) -> None:
         """Put a row that is not here in the young generation, under the lock."""
         self._young[key] = row
         self._bytes += _bytes(key, row)
+        self._fit()
+
+    def _fit(self) -> None:
+        """Let go of what is too much, and free some of what is of no generation any more, under the lock."""
         while self._bytes > self._most_bytes:
             if not self._old:
                 self._old, self._young = self._young, {}

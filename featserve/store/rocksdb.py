@@ -22,7 +22,7 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import compress, islice
 from pathlib import Path
@@ -72,8 +72,7 @@ class RocksStore:
         self._options, self._notes_options = options_of(blocks), options_of(blocks)
         if count_lookups:
             self._options.enable_statistics()
-        self._write_options = rocksdict.WriteOptions()
-        self._write_options.sync = fsync
+        self._fsync = fsync
         if access != "write" and not (path / "CURRENT").is_file():
             raise StoreError(f"there is no store at {path}; load one with `featserve materialize`")
         if access == "write":
@@ -125,9 +124,9 @@ class RocksStore:
                 db.create_column_family(NOTES, self._notes_options)
             self._notes = db.get_column_family(NOTES)
             # Opening merged the logs. Followers let go of what they had of those when a merge is followed by a write.
-            db.put(FORMAT_KEY, FORMAT, self._write_options)
+            db.put(FORMAT_KEY, FORMAT)
             db.flush()
-            db.put(FORMAT_KEY, FORMAT, self._write_options)
+            db.put(FORMAT_KEY, FORMAT)
         elif found != FORMAT:
             kind = "is not a featserve store" if found is None else f"has format {found!r}, not {FORMAT!r}"
             remedy = "choose another [store] path, and load it with `featserve materialize`"
@@ -143,8 +142,9 @@ class RocksStore:
             cache.add(missed, read, state)
             found = dict(zip(missed, read, strict=True))
             rows = [found[key] if row is None else row for key, row in zip(keys, rows, strict=True)]
-        # Rows of before a write and of after it do not go together; all from RocksDB in one call do.
-        return self._read(keys) if state & 1 or state != cache.state else rows
+        if (state & 1 or state != cache.state) and not cache.apart(keys, state):
+            return self._read(keys)  # rows of before a write and of after it do not go together; all of one call do
+        return rows
 
     def _read(self, keys: list[bytes]) -> list[bytes | None]:
         """Return the row of each key, past the cache."""
@@ -154,12 +154,21 @@ class RocksStore:
             raise translate(error, f"cannot read the store at {self.path}") from error
         return found
 
+    def _held(self, keys: list[bytes]) -> list[bytes | None]:
+        """Return the row of each key, under the lock: as nothing is being written, the cached ones are the store's."""
+        rows = self._cache.peek(keys)
+        missed = [key for key, row in zip(keys, rows, strict=True) if row is None]
+        if missed:
+            read = iter(self._read(missed))
+            rows = [next(read) if row is None else row for row in rows]
+        return rows
+
     def write_many(self, keys: Sequence[bytes], rows: Sequence[bytes]) -> int:
         self._check_writable()
         best = newest(keys, rows)
         names = list(best)
         with self._lock:
-            found = self._read(names)
+            found = self._held(names)
             won = dict(zip(*_winners(names, list(best.values()), found), strict=True))
             if won:
                 self._write(Writes(won), [key for key, row in zip(names, found, strict=True) if row is not None])
@@ -211,10 +220,13 @@ class RocksStore:
         number = self._sequence + 1
         batch.put(SEQUENCE_KEY, number.to_bytes(8, "big"))
         batch.put(place(number), packed(number, old))
-        with self._changing() as cached, translated(f"cannot write to the store at {self.path}"):
-            self._opened().write(batch, self._write_options)
-            cached.append(writes.rows)
-        self._sequence = number
+        with translated(f"cannot write to the store at {self.path}"):
+            with self._changing(writes.rows.keys()) as cached:
+                self._opened().write(batch)
+                cached.append(writes.rows)
+            self._sequence = number
+            if self._fsync:  # not by the write, which keeps the interpreter's lock while the disk is waited for
+                self._opened().flush_wal(True)
         self._announce()
 
     def _announce(self) -> None:
@@ -223,10 +235,13 @@ class RocksStore:
             self._announced.number = self._sequence
 
     @contextmanager
-    def _changing(self) -> Iterator[list[Mapping[bytes, bytes | None]]]:
-        """Let the cache follow what changes the store; the caller appends what that was, or nothing where unknown."""
+    def _changing(self, keys: Set[bytes] | None = None) -> Iterator[list[Mapping[bytes, bytes | None]]]:
+        """Let the cache follow what changes the store; the caller appends what that was, or nothing where unknown.
+
+        ``keys``: of which rows it is, where that is known before.
+        """
         changed: list[Mapping[bytes, bytes | None]] = []
-        self._cache.begin()
+        self._cache.begin(keys)
         try:
             yield changed
         finally:

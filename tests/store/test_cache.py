@@ -41,7 +41,7 @@ def test_it_holds_what_the_store_holds(rng: np.random.Generator, most_bytes: int
                 if pending:
                     cache.add(*pending.pop(int(rng.integers(len(pending)))))
             case 5:
-                cache.begin()
+                cache.begin(set(keys) if rng.random() < 0.9 else None)
                 made = {name: rng.bytes(int(rng.integers(0, 99))) if rng.random() < 0.8 else None for name in keys}
                 for name, row in made.items():
                     store.pop(name, None)
@@ -57,6 +57,36 @@ def test_it_holds_what_the_store_holds(rng: np.random.Generator, most_bytes: int
                 assert cache._bytes == in_memory(cache) <= most_bytes
     assert cache.misses
     assert bool(cache.hits) == bool(most_bytes)
+
+
+def test_rows_are_apart_from_a_write_that_changes_others(rng: np.random.Generator) -> None:
+    """Whenever reads and writes begin and end, ``apart`` says what a list of the writes met by each read says."""
+    cache = RowCache(1 << 20)
+    writing: list[set[bytes] | None] = []
+    reading: list[tuple[list[bytes], int, list[list[set[bytes] | None]]]] = []
+    told = [0, 0]
+    for _ in range(8_000):
+        keys = [key(int(number)) for number in rng.integers(0, 30, rng.integers(1, 4))]
+        match rng.integers(0, 6):
+            case 0:
+                reading.append((keys, cache.state, [writing] if writing else []))
+            case 1 if writing:
+                changed = writing[0] if rng.random() < 0.8 else None
+                cache.end(None if changed is None else dict.fromkeys(changed))
+                writing[0], writing = changed, []
+            case 1 | 2 if not writing:
+                writing = [set(keys) if rng.random() < 0.9 else None]
+                cache.begin(writing[0])
+                for _, _, met in reading:
+                    met.append(writing)
+            case 3 | 4 | 5 if reading:
+                keys, state, met = reading.pop(int(rng.integers(len(reading))))
+                if met:
+                    changed = met[0][0]
+                    expected = len(met) == 1 and changed is not None and changed.isdisjoint(keys)
+                    assert cache.apart(keys, state) == expected
+                    told[expected] += 1
+    assert min(told) > 50, told
 
 
 def test_what_is_read_again_stays() -> None:
@@ -75,7 +105,7 @@ def test_rows_that_are_let_go_of_are_freed_little_by_little() -> None:
     """After a load has put everything in doubt no row is found, and each new one frees two, until all are gone."""
     cache = RowCache(1 << 20)
     cache.add([key(number) for number in range(1_000)], [b"row"] * 1_000, cache.state)
-    cache.begin()
+    cache.begin(None)
     cache.end(None)
     assert cache.get([key(1)]) == [None]
     left = []
@@ -153,4 +183,50 @@ def test_a_key_that_repeats_is_read_once(tmp_path: Path, monkeypatch: pytest.Mon
     assert store.read_many([key(1), key(3), key(1), key(2), key(3)]) == [bytes(32), None, bytes(32), bytes(33), None]
     assert store.read_many([key(2), key(2), key(3)]) == [bytes(33), bytes(33), None]
     assert asked == [[key(1), key(3), key(2)], [key(3)]]
+    store.close()
+
+
+def test_a_write_sends_only_readers_of_its_rows_to_rocksdb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a row is written, cached rows of other keys are still read from the cache."""
+    store = open_store(tmp_path / "store", "write", block_cache_mb=8, row_cache_mb=1)
+    assert isinstance(store, RocksStore)
+    store.write_many([key(1), key(2), key(3)], [bytes(32), bytes(33), bytes(34)])
+    store.read_many([key(1), key(2), key(3)])
+    asked: list[list[bytes]] = []
+    read = store._read
+
+    def noted(keys: list[bytes]) -> list[bytes | None]:
+        asked.append(keys)
+        return read(keys)
+
+    monkeypatch.setattr(store, "_read", noted)
+    with store._changing({key(1)}) as cached:
+        assert store.read_many([key(2), key(3)]) == [bytes(33), bytes(34)]
+        assert not asked
+        assert store.read_many([key(1), key(2)]) == [bytes(32), bytes(33)]
+        assert asked == [[key(1), key(2)]]
+        cached.append({})
+    store.close()
+
+
+def test_a_writer_finds_in_the_cache_what_it_replaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the rows that a write may replace only those are read from RocksDB that are not cached, and none gets in."""
+    store = open_store(tmp_path / "store", "write", block_cache_mb=8, row_cache_mb=1)
+    assert isinstance(store, RocksStore)
+    old, new = bytes(31) + b"1", bytes(31) + b"0"
+    store.write_many([key(1), key(2)], [old, old])
+    store.read_many([key(1)])
+    before = store.cache_lookups()
+    asked: list[list[bytes]] = []
+    read = store._read
+
+    def noted(keys: list[bytes]) -> list[bytes | None]:
+        asked.append(keys)
+        return read(keys)
+
+    monkeypatch.setattr(store, "_read", noted)
+    assert store.write_many([key(1), key(2), key(3)], [new, new, new]) == 1
+    assert asked == [[key(2), key(3)]]
+    assert store.cache_lookups() == before
+    assert store.read_many([key(1), key(2), key(3)]) == [old, old, new]
     store.close()

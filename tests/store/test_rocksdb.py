@@ -17,7 +17,7 @@ import pytest
 import rocksdict
 
 from featserve.errors import StoreError, StoreFull, StoreLocked
-from featserve.store import open_store
+from featserve.store import Writes, open_store
 from featserve.store.rocksdb import RocksStore, is_locked
 from tests.disk import SmallDisk
 
@@ -104,6 +104,42 @@ while True:
 
 
 @pytest.mark.slow
+class Recorded:
+    """A database whose log is noted each time that it is sent to the disk, and cannot be where it is ``broken``."""
+
+    def __init__(self, database: rocksdict.Rdict) -> None:
+        self.synced: list[bool] = []
+        self.broken = False
+        self._database = database
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._database, name)
+
+    def flush_wal(self, sync: bool) -> None:
+        self.synced.append(sync)
+        if self.broken:
+            raise OSError("IO error: While fdatasync")
+        self._database.flush_wal(sync)
+
+
+@pytest.mark.parametrize("durability", ["process", "fsync"])
+def test_a_write_waits_for_the_disk_where_that_is_asked_for(
+    path: Path, durability: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the durability "fsync" the log is on the disk when a write returns, and where it is not the write fails."""
+    store = opened(path, durability=durability)
+    recorded = Recorded(store._db)
+    monkeypatch.setattr(store, "_db", recorded)
+    store.write_many(KEYS[:2], [row(7), row(7)])
+    store.update([b"a"], lambda rows: Writes({b"a": row(1)}))
+    assert recorded.synced == ([True, True] if durability == "fsync" else [])
+    recorded.broken = True
+    if durability == "fsync":
+        with pytest.raises(StoreError, match="fdatasync"):
+            store.write_many(KEYS[:1], [row(8)])
+    store.close()
+
+
 def test_fifty_kills_lose_nothing(tmp_path: Path, rng: np.random.Generator) -> None:
     """However often the writer is killed, all that it acknowledged is there, and no write or load is there in part."""
     path, acknowledged = tmp_path / "store", 0
