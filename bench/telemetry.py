@@ -6,12 +6,13 @@ time of the server that tells nothing through that of the other. Requests per se
 nothing: on a busy machine they differ by a tenth between two servers that are the same, which is many times the cost
 that is looked for. A second server that tells nothing says how far the figure itself can be trusted.
 
-All run for the whole time, on one transport and then on the other, and are loaded in short turns, each on a store of
-its own with the same rows. A server's time counts from one turn to its next, as spans may be sent after a turn, less
-what it takes while nobody asks, which is measured first. Traces go to a collector that takes them and does nothing;
-metrics are read every five seconds, as by an eager Prometheus. What is judged is the mean of all turns, as spans are
-sent in few of them; the standard error of what is told of one server more than of the other is beside it. Then the same
-in process, where the time that one request takes more can be told apart.
+All run for the whole time, on one transport and then on the other, and are loaded by h2load in turns of some seconds,
+so that spans are sent in batches as under a load that lasts; each has a store of its own with the same rows. A server's
+time counts from one turn to its next, as spans may be sent after a turn, less what it takes while nobody asks, which is
+measured first. Traces go to a collector that takes them and does nothing;
+metrics are read every five seconds, as by an eager Prometheus. What is judged is the mean of all turns; the standard
+error of what is told of one server more than of the other is beside it. Then the same in process, where the time that
+one request takes more can be told apart.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing import Any
 import grpc
 
 import featserve
-from bench import load, project, servers
+from bench import h2load, load, project, servers
 from bench.report import Figure, number
 from bench.servers import Server
 from featserve.config import TelemetryConfig
@@ -44,8 +45,7 @@ ENTITIES = 100_000
 TRANSPORTS = ("native", "grpcio")
 KEYS = (1, 100)
 TARGET = 0.97
-ROUNDS = 80
-REQUESTS = 2_000
+ROUNDS, SECONDS = 10, 3.0
 RESTING_S = 5
 REPEATS = 400
 AT_ONCE = 50
@@ -93,19 +93,21 @@ def compare(running: dict[str, Server], keys: int, told: str) -> list[Figure]:
     """Load all in turns; return what the processor time of each allows beside that of the first, and what it did."""
     rates: dict[str, list[float]] = {name: [] for name in running}
     cpu_us: dict[str, list[float]] = {name: [] for name in running}
+    body = next(load.bodies(keys, ENTITIES, 1))
     idle = resting(running)
-    since_s: dict[str, float] = {}
+    since: dict[str, tuple[float, int]] = {}
     loaded_s = dict.fromkeys(running, 0.0)
     for turn in range(ROUNDS + 2):  # the first warms up, and the last only ends the one before it
         for name, server in running.items():
             cpu_s = server.cpu_s() - idle[name] * (time.perf_counter() - loaded_s[name])
-            measured = load.run(server.address, keys, entities=ENTITIES, requests=REQUESTS, seed=turn)
+            loaded = h2load.run(server.address, body, seconds=SECONDS)
             if turn > 1:
-                cpu_us[name].append((cpu_s - since_s[name]) / REQUESTS * 1e6)
+                before_s, requests = since[name]
+                cpu_us[name].append((cpu_s - before_s) / requests * 1e6)
             if 0 < turn <= ROUNDS:
-                rates[name].append(measured.rate)
-            since_s[name] = cpu_s
-            loaded_s[name] += measured.seconds
+                rates[name].append(loaded.rate)
+            since[name] = cpu_s, loaded.ended
+            loaded_s[name] += loaded.seconds
     off_us = statistics.mean(cpu_us[OFF])
     off_rate = statistics.median(rates[OFF])
     figures = [Figure(f"{told}: {OFF}", off_rate, "req/s", note=f"{number(off_us)} us of processor each")]
