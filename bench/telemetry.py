@@ -9,10 +9,9 @@ that is looked for. A second server that tells nothing says how far the figure i
 All run for the whole time, on one transport and then on the other, and are loaded by h2load in turns of some seconds,
 so that spans are sent in batches as under a load that lasts; each has a store of its own with the same rows. A server's
 time counts from one turn to its next, as spans may be sent after a turn, less what it takes while nobody asks, which is
-measured first. Traces go to a collector that takes them and does nothing;
-metrics are read every five seconds, as by an eager Prometheus. What is judged is the mean of all turns; the standard
-error of what is told of one server more than of the other is beside it. Then the same in process, where the time that
-one request takes more can be told apart.
+measured first. Traces go to a collector that takes them and does nothing; metrics are read every five seconds, as by
+an eager Prometheus. What is judged is the mean of all turns; the standard error of what is told of one server more than
+of the other is beside it. Then the same in process, where the time that one request takes more can be told apart.
 """
 
 from __future__ import annotations
