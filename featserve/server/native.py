@@ -45,14 +45,14 @@ GET_FEATURES = 0
 TAKEN_AT_ONCE = 1_024
 ANSWERED_AT_ONCE = 16
 """Calls that are answered before the queue is looked at again: what is over the limit is refused soon."""
-REFUSED_PER_S = 20_000
-"""Calls that are refused in each second of answering, which takes some seventh of it. A refusal costs nearly what an
-answer does, so who refuses all that comes has no time for answers; what waits in pygrpc-native may still get one."""
+REFUSED_PER_S = 5_000
+"""Calls that are refused in each second of answering. A refusal costs nearly what an answer does, so who refuses all
+that comes has no time for answers; what waits in pygrpc-native may still get one."""
 IO_THREADS = 1
 """One thread answers, and one keeps up with it; where cores are few a second one only takes turns with them."""
-MORE_STREAMS = 32
-"""Calls at once on one connection that HTTP/2 lets through beyond the limit, to ask for health, or be told the reason.
-A client that has more of them holds those back itself, at no cost here."""
+LEAST_STREAMS = 100
+"""Calls at once on one connection that HTTP/2 lets through (its own advice), or half of what the server has room for,
+where that is more. A client with more of them holds those back itself, at no cost here."""
 
 RESOURCE_EXHAUSTED = 8
 Status = tuple[int, str, list[tuple[str, bytes]]]
@@ -129,7 +129,7 @@ class NativeServer:
                 paths,
                 io_threads=IO_THREADS,
                 call_details=True,
-                max_concurrent_streams=self._most_calls + MORE_STREAMS,
+                max_concurrent_streams=max(LEAST_STREAMS, self._most_calls // 2),
                 reuse_port=reuse_port,
             )
         except OSError as error:
