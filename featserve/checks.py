@@ -56,8 +56,7 @@ def check_rows(rows: Rows, batch: EventBatch, latest_us: int | None = None, firs
         for name, times in (("event_time", batch.event_time_us), ("known_at", batch.known_at_us)):
             found.note(name, times > latest_us, partial(_late, times, last))
     for f in rows.features:
-        if f.not_null or f.not_nan or f.min is not None or f.max is not None or f.allowed is not None:
-            _check_field(f, batch.columns[f.name], found)
+        _check_field(f, batch.columns[f.name], found)
     if found.violations:
         shown = [f"{v.field}: {v.description}" for v in found.violations]
         more = f"; and {len(shown) - 3} more" if len(shown) > 3 else ""
@@ -83,24 +82,26 @@ class _Violations:
 
 
 def _check_field(f: Field, col: Column, found: _Violations) -> None:
-    valid = _valid(col)
     if f.not_null:
-        found.note(f.name, ~valid, lambda row: "is null, and the feature is declared not_null")
+        found.note(f.name, ~_valid(col), lambda row: "is null, and the feature is declared not_null")
+    for wrong, describe in _wrong(f, col):
+        found.note(f.name, wrong & _valid(col), describe)
+
+
+def _wrong(f: Field, col: Column) -> Iterator[tuple[Mask, Callable[[int], str]]]:
+    """Yield, for each constraint on values, which break it, nulls among them, and what is to be said of a row."""
     if f.not_nan:
-        nan = np.isnan(col.values) if not f.type.vector else np.isnan(col.values).any(axis=1)
-        found.note(f.name, nan & valid, lambda row: "is NaN, and the feature is declared not_nan")
+        nan: Mask = np.isnan(col.values) if not f.type.vector else np.isnan(col.values).any(axis=1)
+        yield nan, lambda row: "is NaN, and the feature is declared not_nan"
     if f.min is not None:
         least = column(f.type, [f.min])
-        less = (col.values < least.values) & valid
-        found.note(f.name, less, lambda row: f"{_shown(col, row)} is less than the min {_shown(least, 0)}")
+        yield col.values < least.values, lambda row: f"{_shown(col, row)} is less than the min {_shown(least, 0)}"
     if f.max is not None:
         most = column(f.type, [f.max])
-        greater = (col.values > most.values) & valid
-        found.note(f.name, greater, lambda row: f"{_shown(col, row)} is greater than the max {_shown(most, 0)}")
+        yield col.values > most.values, lambda row: f"{_shown(col, row)} is greater than the max {_shown(most, 0)}"
     if f.allowed is not None:
         allowed = column(f.type, [f.value(v) for v in f.allowed])
-        strange = ~_is_in(col, allowed) & valid
-        found.note(f.name, strange, lambda row: f"{_shown(col, row)} is not one of {_listed(allowed)}")
+        yield ~_is_in(col, allowed), lambda row: f"{_shown(col, row)} is not one of {_listed(allowed)}"
 
 
 def _is_in(col: Column, allowed: Column) -> Mask:

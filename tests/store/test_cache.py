@@ -167,11 +167,8 @@ def test_readers_beside_a_writer_never_see_a_row_go_back(tmp_path: Path) -> None
     assert min(reads) > 20
 
 
-def test_a_key_that_repeats_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of keys that are not in the cache each is read from RocksDB once, wherever and however often it stands."""
-    store = open_store(tmp_path / "store", "write", block_cache_mb=8, row_cache_mb=1)
-    assert isinstance(store, RocksStore)
-    store.write_many([key(1), key(2)], [bytes(32), bytes(33)])
+def reads_of(store: RocksStore, monkeypatch: pytest.MonkeyPatch) -> list[list[bytes]]:
+    """Return a list to which the keys of each later read of RocksDB are added."""
     asked: list[list[bytes]] = []
     read = store._read
 
@@ -180,6 +177,15 @@ def test_a_key_that_repeats_is_read_once(tmp_path: Path, monkeypatch: pytest.Mon
         return read(keys)
 
     monkeypatch.setattr(store, "_read", noted)
+    return asked
+
+
+def test_a_key_that_repeats_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of keys that are not in the cache each is read from RocksDB once, wherever and however often it stands."""
+    store = open_store(tmp_path / "store", "write", block_cache_mb=8, row_cache_mb=1)
+    assert isinstance(store, RocksStore)
+    store.write_many([key(1), key(2)], [bytes(32), bytes(33)])
+    asked = reads_of(store, monkeypatch)
     assert store.read_many([key(1), key(3), key(1), key(2), key(3)]) == [bytes(32), None, bytes(32), bytes(33), None]
     assert store.read_many([key(2), key(2), key(3)]) == [bytes(33), bytes(33), None]
     assert asked == [[key(1), key(3), key(2)], [key(3)]]
@@ -192,14 +198,7 @@ def test_a_write_sends_only_readers_of_its_rows_to_rocksdb(tmp_path: Path, monke
     assert isinstance(store, RocksStore)
     store.write_many([key(1), key(2), key(3)], [bytes(32), bytes(33), bytes(34)])
     store.read_many([key(1), key(2), key(3)])
-    asked: list[list[bytes]] = []
-    read = store._read
-
-    def noted(keys: list[bytes]) -> list[bytes | None]:
-        asked.append(keys)
-        return read(keys)
-
-    monkeypatch.setattr(store, "_read", noted)
+    asked = reads_of(store, monkeypatch)
     with store._changing({key(1)}) as cached:
         assert store.read_many([key(2), key(3)]) == [bytes(33), bytes(34)]
         assert not asked
@@ -217,14 +216,7 @@ def test_a_writer_finds_in_the_cache_what_it_replaces(tmp_path: Path, monkeypatc
     store.write_many([key(1), key(2)], [old, old])
     store.read_many([key(1)])
     before = store.cache_lookups()
-    asked: list[list[bytes]] = []
-    read = store._read
-
-    def noted(keys: list[bytes]) -> list[bytes | None]:
-        asked.append(keys)
-        return read(keys)
-
-    monkeypatch.setattr(store, "_read", noted)
+    asked = reads_of(store, monkeypatch)
     assert store.write_many([key(1), key(2), key(3)], [new, new, new]) == 1
     assert asked == [[key(2), key(3)]]
     assert store.cache_lookups() == before
