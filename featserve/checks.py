@@ -91,7 +91,9 @@ def _check_field(f: Field, col: Column, found: _Violations) -> None:
 def _wrong(f: Field, col: Column) -> Iterator[tuple[Mask, Callable[[int], str]]]:
     """Yield, for each constraint on values, which break it, nulls among them, and what is to be said of a row."""
     if f.not_nan:
-        nan: Mask = np.isnan(col.values) if not f.type.vector else np.isnan(col.values).any(axis=1)
+        nan: Mask = np.isnan(col.values)
+        if f.type.vector:
+            nan = np.logical_or.reduce(nan, axis=1)
         yield nan, lambda row: "is NaN, and the feature is declared not_nan"
     if f.min is not None:
         least = column(f.type, [f.min])
