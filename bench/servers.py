@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -57,6 +60,17 @@ class Server:
     def memory_mb(self) -> float:
         """Return the memory that it holds (its resident set), in MiB."""
         return float(self._watched.memory_info().rss / 2**20)
+
+
+@contextmanager
+def on(cores: set[int]) -> Iterator[None]:
+    """Have this thread, and the processes that it starts meanwhile, run on these cores alone."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def ours(folder: Path, transport: str | None = None, *, workers: int = 1) -> Server:

@@ -68,13 +68,19 @@ class GrpcioServer:
         self._config = config
         self._default_deadline_s = config.default_deadline_ms / 1_000
         self._most_bytes, self._most_calls, self._taken = config.max_message_mb << 20, config.max_concurrent, 0
-        self.load, self._beside, self._for_workers = telemetry.load(), beside or Load(), for_workers
+        self._beside, self._for_workers, self.shed = beside, for_workers, 0
+        telemetry.count(self)
         self._writer = ThreadPoolExecutor(1, "featserve-writer")
         self._health = Health(("", SERVICE_NAME))
         self.under_way: set[asyncio.Task[Any]] = set()
         """The calls that were taken on and have not ended."""
         self.refusing = False
         """Whether calls that come now are refused."""
+
+    @property
+    def active(self) -> int:
+        """How many calls are under way."""
+        return len(self.under_way)
 
     async def start(self, host: str, port: int, *, reuse_port: bool = False) -> int:
         """Listen, with TLS where the settings say so; return the port.
@@ -170,10 +176,9 @@ class GrpcioServer:
         async def counted(requests: object, context: Context) -> Answer:
             if self.refusing:
                 await abort(context, stopping(), AWAY)
-            if self.load.active + self._beside.active >= self._most_calls:
-                self.load.shed += 1
+            if self.active + (0 if self._beside is None else self._beside.active) >= self._most_calls:
+                self.shed += 1
                 await abort(context, overloaded(self._most_calls))
-            self.load.active += 1
             self._taken += 1
             task = asyncio.current_task()
             assert task is not None
@@ -187,7 +192,6 @@ class GrpcioServer:
             except Exception as error:  # noqa: BLE001 - the top of a request
                 await abort(context, error)
             finally:
-                self.load.active -= 1
                 self.under_way.discard(task)
 
         return counted

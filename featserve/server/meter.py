@@ -9,8 +9,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from threading import Lock
+from typing import Protocol
 
 import numpy as np
 
@@ -58,12 +58,13 @@ class Buckets:
         self.sum += int(values.sum())
 
 
-@dataclass(slots=True)
-class Load:
+class Load(Protocol):
     """What a transport has on its hands: calls under way, and the calls so far that it refused as those were many."""
 
-    active: int = 0
-    shed: int = 0
+    @property
+    def active(self) -> int: ...
+
+    shed: int
 
 
 class Meter:
@@ -90,12 +91,10 @@ class Meter:
         self._ages_every_ns, self._of_workers = ages_every_ns, of_workers
         self._counted: dict[tuple[str, str, str], tuple[Buckets, Tally | None]] = {}
 
-    def load(self) -> Load:
-        """Return a count of a transport's calls, to be summed up with those of others."""
-        load = Load()
+    def count(self, load: Load) -> None:
+        """Sum a transport's calls up with those of others."""
         if not self._of_workers:
             self.loads.append(load)
-        return load
 
     def add(self, method: str, code: str, begun_ns: int, ended_ns: int, record: Record) -> None:
         """Count a request that began and ended at these readings of a stopwatch, with the name of its status code."""

@@ -42,11 +42,12 @@ METHODS: tuple[tuple[str, Callable[[Service, bytes, Call], bytes]], ...] = (*REA
 """The methods that are served here, each by its number: reads first."""
 GET_FEATURES = 0
 
-TAKEN_AT_ONCE = 1_024
+TAKEN_AT_ONCE = 32
+"""Calls that are taken before any is answered: so few that hardly one too many is among them."""
 ANSWERED_AT_ONCE = 16
-"""Calls that are answered before the queue is looked at again: what is over the limit is refused soon."""
+"""Calls that are answered before the queue is looked at again."""
 REFUSED_PER_S = 5_000
-"""Calls that are refused in each second of answering. A refusal costs nearly what an answer does, so who refuses all
+"""Calls beyond the room that are taken, to be refused, in each second of answering. A refusal costs nearly what an answer does, so who refuses all
 that comes has no time for answers; what waits in pygrpc-native may still get one."""
 IO_THREADS = 1
 """One thread answers, and one keeps up with it; where cores are few a second one only takes turns with them."""
@@ -98,8 +99,9 @@ class NativeServer:
         self, service: Service, config: ServerConfig, telemetry: Telemetry, forward: Forward | None = None
     ) -> None:
         self._service, self._telemetry = service, telemetry
-        self._load, self._most_calls = telemetry.load(), config.max_concurrent
-        self._behind = GrpcioServer(service, config, telemetry, forward, beside=self._load)
+        self._most_calls, self.shed = config.max_concurrent, 0
+        self._behind = GrpcioServer(service, config, telemetry, forward, beside=self)
+        telemetry.count(self)
         self._methods = METHODS if forward is None else METHODS[: len(READS)]
         self._default_deadline_s, self._most_bytes = config.default_deadline_ms / 1_000, config.max_message_mb << 20
         self._overloaded = _encoded(encode_error(overloaded(self._most_calls)))
@@ -115,9 +117,13 @@ class NativeServer:
         """Whether there was no room for another call when calls were last taken, and that thread's processor time."""
         self._limited: deque[tuple[float, int]] = deque()
         """When writes end that came without a deadline, in their order; those with one pygrpc-native ends itself."""
-        self._counting = threading.Lock()
         self._writer = ThreadPoolExecutor(1, "featserve-writer")
         self._thread = threading.Thread(target=self._serve, name="featserve-native", daemon=True)
+
+    @property
+    def active(self) -> int:
+        """How many calls are under way."""
+        return len(self._reads) + len(self._late) + len(self._writes) + self._writing
 
     async def start(self, host: str, port: int, *, reuse_port: bool = False) -> int:
         """Listen; return the port. Raises ServingError where the address cannot be had."""
@@ -156,7 +162,7 @@ class NativeServer:
         await asyncio.wait((written, *self._behind.under_way), timeout=seconds)
         self._behind.refusing = True
         await asyncio.sleep(min(seconds, QUIET_S))  # what has arrived is taken on
-        while (self._active() or self._behind.under_way) and self._failure is None and loop.time() < ends_s:
+        while (self.active or self._behind.under_way) and self._failure is None and loop.time() < ends_s:
             await asyncio.sleep(QUIET_S / 10)
         await asyncio.sleep(min(seconds, QUIET_S))  # closing would cut off answers that are on their way
         await asyncio.to_thread(self._front.close)
@@ -177,7 +183,6 @@ class NativeServer:
                     if turn.call_id in self._reads:
                         self._answer(turn)
                         del self._reads[turn.call_id]
-                self._count()
         except Exception as error:  # noqa: BLE001 - the top of a background loop
             self._fail(error)
 
@@ -195,7 +200,7 @@ class NativeServer:
             return False
         now_s, telemetry = time.monotonic(), self._telemetry
         refusing = self._behind.refusing
-        room = self._most_calls - self._active() - self._behind.load.active
+        room = self._most_calls - self.active - self._behind.active
         for kind, call_id, method, data, _, details in events:
             if kind == EVENT_CANCEL:
                 room += self._drop(call_id)
@@ -222,9 +227,10 @@ class NativeServer:
         """Return how many calls to take: beyond those there is room for, the part of them that may be refused now."""
         if not self._full or self._behind.refusing:
             return TAKEN_AT_ONCE
-        before_s, self._looked_s = self._looked_s, time.thread_time()
-        refused = 1 + int((self._looked_s - before_s) * REFUSED_PER_S)
-        return min(max(self._most_calls - self._active(), 0) + refused, TAKEN_AT_ONCE)
+        spent_s = time.thread_time()
+        if refused := int((spent_s - self._looked_s) * REFUSED_PER_S):
+            self._looked_s = spent_s
+        return min(max(self._most_calls - self.active + refused, 1), TAKEN_AT_ONCE)
 
     def _patience_ms(self) -> int | None:
         """Return how long to wait for calls: until the next write expires, and not at all where reads wait."""
@@ -240,7 +246,7 @@ class NativeServer:
             return self._stopping
         if len(data) > self._most_bytes:
             return self._oversized("Received", data)
-        self._load.shed += 1
+        self.shed += 1
         return self._overloaded
 
     def _oversized(self, verb: str, data: bytes) -> Status:
@@ -256,7 +262,6 @@ class NativeServer:
         except Exception as error:  # noqa: BLE001 - the top of a background loop
             self._fail(error)
         self._writing = 0
-        self._count()
 
     def _answer_together(self, turns: Sequence[Turn]) -> None:
         """Answer the calls among these that can share a read; the others stay among the reads."""
@@ -309,7 +314,6 @@ class NativeServer:
         """Answer a read, once the store holds the write that it asks for, or its time is over."""
         if (turn := self._late.pop(call_id, None)) is not None:
             self._answer(turn)
-            self._count()
 
     def _expire(self, now_s: float) -> None:
         """End the writes whose default deadline has passed before their turn."""
@@ -330,13 +334,6 @@ class NativeServer:
         with suppress(CancelledError), turn.watch:
             raise CancelledError
         return True
-
-    def _active(self) -> int:
-        return len(self._reads) + len(self._late) + len(self._writes) + self._writing
-
-    def _count(self) -> None:
-        with self._counting:  # of two threads, the last one sees what both have done
-            self._load.active = self._active()
 
 
 def _encoded(status: ErrorStatus) -> Status:

@@ -72,9 +72,10 @@ class Telemetry:
             log.info("traces", extra={"endpoint": wanted.otlp_endpoint, "sample_ratio": wanted.sample_ratio})
         return cls(tracing, meter, page)
 
-    def load(self) -> Load:
-        """Return what a transport is to count its calls in."""
-        return Load() if self.meter is None else self.meter.load()
+    def count(self, load: Load) -> None:
+        """Count the calls that a transport has on its hands."""
+        if self.meter is not None:
+            self.meter.count(load)
 
     def watch(self, method: str, call: Call) -> AbstractContextManager[object]:
         """Return the context that a request is answered in, to be traced and counted. ``method``: its name.
