@@ -53,6 +53,7 @@ FEW = 8
 
 _SIGN = np.uint64(1 << 63)
 _RAW = {width: np.dtype(f"V{width}") for width in (1, 4, 8, 9, 12, 16)}
+_INTEGER = {width: np.dtype(f"<i{width}") for width in (1, 4, 8)}
 _PREFIXED = {width: np.dtype([("prefix", np.uint64), ("key", f">i{width}")]) for width in (1, 4, 8)}
 # One run of values for each stored dtype, widest first.
 _RUNS = ("<f8", "<i8", "<f4", "<i4", "|b1")
@@ -76,11 +77,22 @@ def encode_keys(columns: Sequence[Column]) -> list[bytes]:
 def keys_under(columns: Sequence[Column]) -> Callable[[bytes], list[bytes]]:
     """Return what gives the keys of n entities as a store has them, under a prefix; see ``encode_keys``."""
     first = columns[0]
-    if len(columns) > 1 or first.offsets is not None or len(first.values) < FEW:
-        keys = encode_keys(columns)
-        return lambda prefix: [prefix + key for key in keys]
-    whole = np.empty(len(first.values), _PREFIXED[first.values.itemsize])
-    whole["key"] = first.values
+    if len(columns) == 1 and first.offsets is None:
+        return integers_under(first.values.tobytes(), first.values.itemsize)
+    keys = encode_keys(columns)
+    return lambda prefix: [prefix + key for key in keys]
+
+
+def integers_under(raw: bytes, width: int) -> Callable[[bytes], list[bytes]]:
+    """Return what gives the keys of n entities under a prefix, from ``raw``: n integers of ``width`` bytes each."""
+    if len(raw) == width:
+        one = raw[::-1]
+        return lambda prefix: [prefix + one]
+    if len(raw) < FEW * width:
+        few = [raw[at : at + width][::-1] for at in range(0, len(raw), width)]
+        return lambda prefix: [prefix + key for key in few]
+    whole = np.empty(len(raw) // width, _PREFIXED[width])
+    whole["key"] = np.frombuffer(raw, _INTEGER[width])
 
     def under(prefix: bytes) -> list[bytes]:
         whole["prefix"] = np.frombuffer(prefix, np.uint64)

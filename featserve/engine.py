@@ -16,7 +16,7 @@ import numpy as np
 
 from featserve.batch import Arrival, EntityKeys, EventBatch, Pushed, Written
 from featserve.checks import check_rows
-from featserve.codec import Rows, check_key_sizes, keys_under
+from featserve.codec import Rows, check_key_sizes, integers_under, keys_under
 from featserve.errors import invalid
 from featserve.matrix import FeatureMatrix, Status
 from featserve.plan import Plans, PushPlan, ReadPlan, ViewRead, WritePlan
@@ -53,11 +53,25 @@ def read(
     StoreError, TransformError, or InvalidRequest where a view over events no longer knows the instant.
     """
     check_key_sizes(keys.columns)
-    wanted = _encode(plan, keys)
+    return _read(store, plan, _encode(plan, keys), keys.count, now_us, request_columns, as_of, event_times, stages)
+
+
+def _read(
+    store: OnlineStore,
+    plan: ReadPlan,
+    wanted: list[bytes],
+    rows: int,
+    now_us: int,
+    request_columns: Mapping[str, Column] = NOTHING,
+    as_of: bool = False,
+    event_times: bool = False,
+    stages: Stages | None = None,
+) -> FeatureMatrix:
+    """Return the features of ``plan`` for ``rows`` entities, whose keys in the store are ``wanted``, view by view."""
     if stages is not None:
         stages.begin("store read")
     found = store.read_many(wanted)
-    rows, schema = keys.count, plan.schema
+    schema = plan.schema
     status = np.empty((rows, len(plan.views)), np.uint8)
     status.fill(1)  # Status.PRESENT
     answer = _Answer(
@@ -301,6 +315,16 @@ class Engine:
             event_times=event_times,
             stages=stages,
         )
+
+    def read_integers(self, plan: ReadPlan, raw: bytes, rows: int, now_us: int) -> FeatureMatrix:
+        """Return what ``read`` does for ``rows`` entities, for a plan of one key: ``raw``, as the wire has integers."""
+        under = integers_under(raw, len(raw) // rows)
+        wanted: list[bytes] = []
+        for view in plan.views:
+            wanted += under(view.prefix)
+            if view.recent is not None:
+                wanted += under(view.recent)
+        return _read(self.store, plan, wanted, rows, now_us)
 
     def write(self, plan: WritePlan, arrival: Arrival, *, now_us: int, max_future_skew_us: int) -> Written:
         """Write rows that arrive now; see ``write``. Rows of no source come after all that have a source position."""

@@ -41,41 +41,28 @@ def decode_keys(columns: Iterable[pb.Column], expected: Mapping[str, Type], max_
     return EntityKeys.of(given, expected)
 
 
-def plain_keys(
-    columns: Sequence[pb.Column], expected: Mapping[str, Type], max_rows: int
-) -> tuple[int, dict[str, bytes | Column]] | None:
-    """Return the number of rows of a request and its key columns, of integers the bytes as they came.
-
-    For ``join_keys``. None where something is wrong that ``decode_keys`` has to name; or raises the same.
-    """
-    given: dict[str, bytes | Column] = {}
-    rows = -1
-    for message in columns:
-        name = message.name
-        type_ = expected.get(name)
-        if type_ is None or message.type != type_.code or message.length or message.validity:
-            return None
-        if type_.dtype is not None and type_.dtype.kind == "i":
-            given[name] = data = message.data
-            count, rest = divmod(len(data), type_.dtype.itemsize)
-            rest += len(message.offsets)
-        else:
-            given[name] = column = decode_column(message, type_, f"keys.{name}", max_rows)
-            count, rest = len(column), 0
-        if rest or rows not in (-1, count):
-            return None
-        rows = count
-    return (rows, given) if 0 < rows <= max_rows and len(given) == len(columns) == len(expected) else None
+def integer_key(expected: Mapping[str, Type]) -> Type | None:
+    """Return the type of the key of a service that has one key, of integers."""
+    (type_,) = expected.values() if len(expected) == 1 else (None,)
+    return type_ if type_ is not None and type_.dtype is not None and type_.dtype.kind == "i" else None
 
 
-def join_keys(parts: Sequence[Mapping[str, bytes | Column]], expected: Mapping[str, Type], rows: int) -> EntityKeys:
-    """Return the key columns of several requests, ``rows`` in all, one after the other."""
-    columns: dict[str, Column] = {}
-    for name, type_ in expected.items():
-        given: list[Any] = [part[name] for part in parts]
-        as_they_came = isinstance(given[0], bytes)
-        columns[name] = Column(type_, np.frombuffer(b"".join(given), type_.dtype)) if as_they_came else concat(given)
-    return EntityKeys(columns, rows)
+def plain_integers(columns: Sequence[pb.Column], name: str, type_: Type, max_rows: int) -> bytes | None:
+    """Return the values of the only column as they came, None where ``decode_keys`` has to look at them."""
+    message = columns[0] if len(columns) == 1 else pb.Column()
+    data = message.data
+    if message.name != name or message.type != type_.code or message.length or message.validity or message.offsets:
+        return None
+    return data if len(data) % type_.width == 0 < len(data) <= max_rows * type_.width else None
+
+
+def join_keys(parts: Sequence[EntityKeys]) -> EntityKeys:
+    """Return the keys of several requests for the same service, one after the other."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    columns = {name: concat([part.columns[name] for part in parts]) for name in first.columns}
+    return EntityKeys(columns, sum(part.count for part in parts))
 
 
 def decode_request_columns(columns: Iterable[pb.Column], expected: Mapping[str, Type], rows: int) -> dict[str, Column]:
@@ -194,7 +181,7 @@ def encode_matrix(
 def encode_parts(matrix: FeatureMatrix, counts: Sequence[int]) -> list[bytes]:
     """Return the bytes of the answers that carry the rows of ``matrix`` one after the other, so many each."""
     schema = matrix.schema
-    stops = list(accumulate(counts, initial=0))
+    stops = (0, *counts) if len(counts) == 1 else list(accumulate(counts, initial=0))
     if matrix.columns or matrix.valid is not None:
         return [encode_matrix(matrix.part(*ends)).SerializeToString() for ends in pairwise(stops)]
     values, status = matrix.values.tobytes(), matrix.view_status.tobytes()

@@ -11,6 +11,7 @@ import pytest
 
 from featserve._proto import serving_pb2 as pb
 from featserve.batch import Arrival, EntityKeys
+from featserve.codec import encode_keys, integers_under
 from featserve.definitions import Entity, FeatureService, FeatureView, Field
 from featserve.engine import Engine
 from featserve.errors import InvalidRequest, TooLarge
@@ -44,8 +45,9 @@ from featserve.wire import (
     encode_rows,
     encode_schema,
     encode_view,
+    integer_key,
     join_keys,
-    plain_keys,
+    plain_integers,
 )
 from tests.online_model import same
 from tests.random_data import (
@@ -209,19 +211,26 @@ def test_a_key_column_that_stands_twice() -> None:
 
 
 def test_keys_of_several_requests_are_those_of_each(rng: np.random.Generator) -> None:
-    """Plain keys of requests, joined, are what decoding each of them gives; what decoding refuses is not plain."""
+    """Decoded keys of requests, joined, are those of each; integers of one key are plain, and give the same keys."""
+    plain = 0
     for _ in range(200):
         entity = random_entity(rng, "user")
         requests = [random_keys(rng, entity, int(rng.integers(1, 6))) for _ in range(rng.integers(1, 5))]
         messages = [[encode_column(name, keys[name]) for name in rng.permutation(list(keys))] for keys in requests]
-        found = [plain_keys(columns, entity.keys, 10) for columns in messages]
-        counts = [len(next(iter(keys.values()))) for keys in requests]
-        assert [each and each[0] for each in found] == counts
-        joined = join_keys([each[1] for each in found if each], entity.keys, sum(counts))
-        assert joined.count == sum(counts)
-        decoded = [decode_keys(columns, entity.keys, 10).columns for columns in messages]
+        decoded = [decode_keys(columns, entity.keys, 10) for columns in messages]
+        joined = join_keys(decoded)
+        assert joined.count == sum(keys.count for keys in decoded)
         for name, col in joined.columns.items():
-            assert cells_of(col) == [cell for columns in decoded for cell in cells_of(columns[name])]
+            assert cells_of(col) == [cell for keys in decoded for cell in cells_of(keys.columns[name])]
+        if (type_ := integer_key(entity.keys)) is None:
+            continue
+        plain += 1
+        ((name, col),) = joined.columns.items()
+        raw = [plain_integers(columns, name, type_, 10) for columns in messages]
+        assert b"".join(each for each in raw if each is not None) == col.values.tobytes()
+        prefix = bytes(range(8))
+        assert integers_under(col.values.tobytes(), type_.width)(prefix) == [prefix + key for key in encode_keys([col])]
+    assert plain
 
 
 @pytest.mark.parametrize(
@@ -242,16 +251,17 @@ def test_keys_of_several_requests_are_those_of_each(rng: np.random.Generator) ->
 )
 def test_keys_that_are_wrong_are_not_plain(columns: list[pb.Column]) -> None:
     """What is wrong with a key column is left for ``decode_keys`` to name."""
-    assert plain_keys(columns, USER.keys, 10) is None
+    assert plain_integers(columns, "user", Int64, 10) is None
     with pytest.raises((InvalidRequest, TooLarge)):
         decode_keys(columns, USER.keys, 10)
 
 
 def test_a_key_that_is_no_bool_is_refused() -> None:
-    """A bool of 2 is no plain key, either."""
+    """A bool is no integer key, and one of 2 is refused."""
+    assert integer_key({"flag": Bool}) is None
     sent = [pb.Column(name="flag", type=pb.DATA_TYPE_BOOL, data=b"\1\2")]
     with pytest.raises(InvalidRequest, match="a bool is one byte"):
-        plain_keys(sent, {"flag": Bool}, 10)
+        decode_keys(sent, {"flag": Bool}, 10)
 
 
 def test_schemas_and_views_survive_the_way(rng: np.random.Generator) -> None:

@@ -47,8 +47,8 @@ TAKEN_AT_ONCE = 32
 ANSWERED_AT_ONCE = 16
 """Calls that are answered before the queue is looked at again."""
 REFUSED_PER_S = 5_000
-"""Calls beyond the room that are taken, to be refused, in each second of answering. A refusal costs nearly what an answer does, so who refuses all
-that comes has no time for answers; what waits in pygrpc-native may still get one."""
+"""Calls beyond the room that are taken, to be refused, in each second of answering. A refusal costs nearly what an
+answer does, so who refuses all that comes has no time for answers; what waits in pygrpc-native may still get one."""
 IO_THREADS = 1
 """One thread answers, and one keeps up with it; where cores are few a second one only takes turns with them."""
 LEAST_STREAMS = 100

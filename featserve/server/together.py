@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from featserve._proto import serving_pb2 as pb
+from featserve.batch import EntityKeys
 from featserve.engine import Engine
 from featserve.errors import FeatserveError
 from featserve.matrix import FeatureMatrix
 from featserve.plan import Plans, ReadPlan
-from featserve.types import Column
-from featserve.wire import encode_parts, join_keys, parse, plain_keys
+from featserve.wire import decode_keys, encode_parts, integer_key, join_keys, parse, plain_integers
 
 TOGETHER_BYTES = 512
 """The largest request that shares a read: a hundred rows gain nothing by it, and hold the others up."""
@@ -25,17 +25,22 @@ MOST_SEEN = 4_096
 
 @dataclass(slots=True)
 class Share:
-    """Requests for one service: the number of each among all, its rows and its keys."""
+    """Requests for one service: the number of each among all, its rows and its keys.
+
+    These are in ``raw``, as they came, where the service has one key, of integers; else in ``keys``.
+    """
 
     plan: ReadPlan
     numbers: list[int]
     rows: list[int]
-    keys: list[dict[str, bytes | Column]]
+    raw: list[bytes]
+    keys: list[EntityKeys]
 
     def read(self, engine: Engine, now_us: int) -> FeatureMatrix:
         """Return the features of all of them, one after the other; raises as ``Engine.read`` does."""
-        rows = sum(self.rows)
-        return engine.read(self.plan, join_keys(self.keys, self.plan.schema.keys, rows), now_us)
+        if self.raw:
+            return engine.read_integers(self.plan, b"".join(self.raw), sum(self.rows), now_us)
+        return engine.read(self.plan, join_keys(self.keys), now_us)
 
     def encode(self, matrix: FeatureMatrix) -> list[bytes]:
         """Return the answer of each, from what was read."""
@@ -52,7 +57,7 @@ class Sharing:
 
     def __init__(self, plans: Plans, max_rows: int) -> None:
         self.plans, self._max_rows = plans, max_rows
-        self._seen: dict[int, tuple[int, dict[bytes, tuple[ReadPlan, int, str]]]] = {}
+        self._seen: dict[int, tuple[int, dict[bytes, tuple[ReadPlan, int]]]] = {}
         """By the length of requests: how many bytes come before the values, and what was asked for, by those."""
         self._left = MOST_SEEN
 
@@ -68,50 +73,52 @@ class Sharing:
             if asked is None:
                 continue
             plan, rows, keys = asked
+            raw, decoded = ([keys], []) if isinstance(keys, bytes) else ([], [keys])
             small = len(data) <= TOGETHER_BYTES
             share = joined.get(plan.schema.hash) if small else None
             if share is not None:
                 share.numbers.append(number)
                 share.rows.append(rows)
-                share.keys.append(keys)
+                share.raw += raw
+                share.keys += decoded
                 continue
-            shares.append(share := Share(plan, [number], [rows], [keys]))
+            shares.append(share := Share(plan, [number], [rows], raw, decoded))
             if small:
                 joined[plan.schema.hash] = share
         return shares
 
-    def _asked(self, data: bytes) -> tuple[ReadPlan, int, dict[str, bytes | Column]] | None:
+    def _asked(self, data: bytes) -> tuple[ReadPlan, int, bytes | EntityKeys] | None:
         """Return what a request asks for: a plan, and so many rows of keys. None where it is to be answered alone."""
         if (known := self._seen.get(len(data))) is not None:
             size, heads = known
             if (seen := heads.get(data[:size])) is not None:
-                plan, rows, name = seen
-                return plan, rows, {name: data[size:]}
+                return *seen, data[size:]
         request = parse(pb.GetFeaturesRequest, data)
         plan = self.plans.service(request.service)
         if plan.steps or _asks_more(request):
             return None
-        found = plain_keys(request.keys, plan.schema.keys, self._max_rows)
-        if found is None:
+        expected = plan.schema.keys
+        key = integer_key(expected)
+        if key is None:
+            keys = decode_keys(request.keys, expected, self._max_rows)
+            return plan, keys.count, keys
+        raw = plain_integers(request.keys, next(iter(expected)), key, self._max_rows)
+        if raw is None:
             return None
+        rows = len(raw) // key.width
         if self._left:
-            self._remember(data, request, plan, *found)
-        return plan, *found
+            self._remember(data, request, plan, rows, raw)
+        return plan, rows, raw
 
-    def _remember(
-        self, data: bytes, request: pb.GetFeaturesRequest, plan: ReadPlan, rows: int, keys: dict[str, bytes | Column]
-    ) -> None:
-        """Note what a request asks for, where the values of its keys are the end of it."""
-        (name, values), *others = keys.items()
-        if others or not isinstance(values, bytes):
-            return
+    def _remember(self, data: bytes, request: pb.GetFeaturesRequest, plan: ReadPlan, rows: int, values: bytes) -> None:
+        """Note what a request asks for, where the values of its key are the end of it."""
         request.DiscardUnknownFields()
         if request.SerializeToString() != data:
             return  # its fields are in another order, or there are others
         size = len(data) - len(values)
         known, heads = self._seen.setdefault(len(data), (size, {}))
         if known == size:
-            heads[data[:size]] = plan, rows, name
+            heads[data[:size]] = plan, rows
             self._left -= 1
 
 
