@@ -6,12 +6,14 @@ time of the server that tells nothing through that of the other. Requests per se
 nothing: on a busy machine they differ by a tenth between two servers that are the same, which is many times the cost
 that is looked for. A second server that tells nothing says how far the figure itself can be trusted.
 
-All run for the whole time, on one transport and then on the other, and are loaded by h2load in turns of some seconds,
-so that spans are sent in batches as under a load that lasts; each has a store of its own with the same rows. A server's
-time counts from one turn to its next, as spans may be sent after a turn, less what it takes while nobody asks, which is
-measured first. Traces go to a collector that takes them and does nothing; metrics are read every five seconds, as by
-an eager Prometheus. What is judged is the mean of all turns; the standard error of what is told of one server more than
-of the other is beside it. Then the same in process, where the time that one request takes more can be told apart.
+All run at once, on one transport and then on the other, and are loaded by h2load in turns of some seconds, so that
+spans are sent in batches as under a load that lasts; each has a store of its own with the same rows. A server's time
+counts from one turn to its next, as spans may be sent after a turn, less what it takes while nobody asks, which is
+measured first. Two processes of one program differ by more than two turns of one, by how they happen to lie in memory,
+so all are started anew several times. Traces go to a collector that takes them and does nothing; metrics are read every
+five seconds, as by an eager Prometheus. What is judged is the mean of all starts; the standard error of what is told of
+one server more than of the other is beside it. Then the same in process, where the time that one request takes more can
+be told apart.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ ENTITIES = 100_000
 TRANSPORTS = ("native", "grpcio")
 KEYS = (1, 100)
 TARGET = 0.97
-ROUNDS, SECONDS = 10, 3.0
+STARTS, ROUNDS, SECONDS = 6, 2, 1.5
 RESTING_S = 5
 REPEATS = 400
 AT_ONCE = 50
@@ -54,29 +56,43 @@ METRICS_PORT = 19_464
 OFF, AGAIN = "off", "off again"
 
 
+Found = dict[str, list[float]]
+"""What each server took, or did, in each start."""
+
+
 def measure(folder: Path) -> list[Figure]:
     """Load the servers with 1 and 100 keys a request; the figures are ratios to the server that tells nothing."""
     figures = []
     for transport in TRANSPORTS:
-        with collector() as endpoint, ExitStack() as stack:
-            traces = f'otlp_endpoint = "{endpoint}"\nsample_ratio = 0.01\n'
-            settings = {
-                OFF: "",
-                AGAIN: "",
-                "metrics": f"prometheus_port = {METRICS_PORT}\n",
-                "traces of 1 %": traces,
-                "both": f"prometheus_port = {METRICS_PORT + 1}\n{traces}",
-            }
-            running = {
-                name: stack.enter_context(servers.ours(prepared(folder / f"telemetry-{i}", told), transport))
-                for i, (name, told) in enumerate(settings.items())
-            }
-            stack.enter_context(scraped(METRICS_PORT, METRICS_PORT + 1))
-            for keys in KEYS:
-                figures += compare(running, keys, f"{transport}, {keys} {'key' if keys == 1 else 'keys'}")
+        found: dict[int, tuple[Found, Found]] = {keys: ({}, {}) for keys in KEYS}
+        with collector() as endpoint, scraped(METRICS_PORT, METRICS_PORT + 1):
+            for _ in range(STARTS):
+                with ExitStack() as stack:
+                    running = started(stack, folder, transport, endpoint)
+                    idle = resting(running)
+                    for keys, of_keys in found.items():
+                        load_all(running, idle, next(load.bodies(keys, ENTITIES, 1)), *of_keys)
+        for keys, of_keys in found.items():
+            figures += compare(f"{transport}, {keys} {'key' if keys == 1 else 'keys'}", *of_keys)
     for keys in KEYS:
         figures += in_process(folder / "telemetry-0", keys)
     return figures
+
+
+def started(stack: ExitStack, folder: Path, transport: str, endpoint: str) -> dict[str, Server]:
+    """Start the servers that are compared, until ``stack`` ends them."""
+    traces = f'otlp_endpoint = "{endpoint}"\nsample_ratio = 0.01\n'
+    settings = {
+        OFF: "",
+        AGAIN: "",
+        "metrics": f"prometheus_port = {METRICS_PORT}\n",
+        "traces of 1 %": traces,
+        "both": f"prometheus_port = {METRICS_PORT + 1}\n{traces}",
+    }
+    return {
+        name: stack.enter_context(servers.ours(prepared(folder / f"telemetry-{i}", told), transport))
+        for i, (name, told) in enumerate(settings.items())
+    }
 
 
 def prepared(folder: Path, telemetry: str) -> Path:
@@ -88,33 +104,35 @@ def prepared(folder: Path, telemetry: str) -> Path:
     return folder
 
 
-def compare(running: dict[str, Server], keys: int, told: str) -> list[Figure]:
-    """Load all in turns; return what the processor time of each allows beside that of the first, and what it did."""
-    rates: dict[str, list[float]] = {name: [] for name in running}
-    cpu_us: dict[str, list[float]] = {name: [] for name in running}
-    body = next(load.bodies(keys, ENTITIES, 1))
-    idle = resting(running)
-    since: dict[str, tuple[float, int]] = {}
-    loaded_s = dict.fromkeys(running, 0.0)
+def load_all(running: dict[str, Server], idle: dict[str, float], body: bytes, cpu_us: Found, rates: Found) -> None:
+    """Load all in turns; add what a request took of the processor in this start, and the requests per second."""
+    first: dict[str, float] = {}
+    loaded_s, requests = dict.fromkeys(running, 0.0), dict.fromkeys(running, 0)
     for turn in range(ROUNDS + 2):  # the first warms up, and the last only ends the one before it
         for name, server in running.items():
             cpu_s = server.cpu_s() - idle[name] * (time.perf_counter() - loaded_s[name])
+            if turn == ROUNDS + 1:
+                cpu_us.setdefault(name, []).append((cpu_s - first[name]) / requests[name] * 1e6)
+            if turn == 1:
+                first[name] = cpu_s
             loaded = h2load.run(server.address, body, seconds=SECONDS)
-            if turn > 1:
-                before_s, requests = since[name]
-                cpu_us[name].append((cpu_s - before_s) / requests * 1e6)
-            if 0 < turn <= ROUNDS:
-                rates[name].append(loaded.rate)
-            since[name] = cpu_s, loaded.ended
             loaded_s[name] += loaded.seconds
+            if turn:
+                requests[name] += loaded.ended
+            if turn == 1:
+                rates.setdefault(name, []).append(loaded.rate)
+
+
+def compare(told: str, cpu_us: Found, rates: Found) -> list[Figure]:
+    """Return what the processor time of each server allows beside that of the first, and what it did."""
     off_us = statistics.mean(cpu_us[OFF])
     off_rate = statistics.median(rates[OFF])
     figures = [Figure(f"{told}: {OFF}", off_rate, "req/s", note=f"{number(off_us)} us of processor each")]
-    for name in running:
+    for name in cpu_us:
         if name == OFF:
             continue
         more_us = [a - b for a, b in zip(cpu_us[name], cpu_us[OFF], strict=True)]
-        mean_us, error_us = statistics.mean(more_us), statistics.stdev(more_us) / math.sqrt(ROUNDS)
+        mean_us, error_us = statistics.mean(more_us), statistics.stdev(more_us) / math.sqrt(STARTS)
         rate = statistics.median(a / b for a, b in zip(rates[name], rates[OFF], strict=True))
         note = f"{mean_us:+.2f} us of processor, standard error {error_us:.2f}; {rate:.2f} of its req/s"
         target = None if name == AGAIN else TARGET

@@ -116,12 +116,14 @@ class Meter:
                     self.ages_due_ns = begun_ns + self._ages_every_ns
                     self._add_ages(matrix, record.now_us)
 
-    def add_together(self, method: str, plan: ReadPlan, matrix: FeatureMatrix, durations_ns: Iterable[int]) -> None:
+    def add_together(
+        self, method: str, plan: ReadPlan, matrix: FeatureMatrix, begun_ns: Iterable[int], ended_ns: int
+    ) -> None:
         """Count requests, each of which was answered with some rows of ``matrix``."""
         with self._lock:
             durations, tally = self._counters(method, "OK", plan)
-            for duration_ns in durations_ns:
-                durations.add(duration_ns)
+            for at_ns in begun_ns:
+                durations.add(ended_ns - at_ns)
             assert tally is not None
             tally.add(matrix)
 

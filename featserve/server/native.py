@@ -23,6 +23,8 @@ from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from time import perf_counter_ns
+from typing import TYPE_CHECKING, NamedTuple
 
 from pygrpc_native import EVENT_CANCEL, NativeGrpcFront
 
@@ -31,10 +33,14 @@ from featserve.config import ServerConfig
 from featserve.errors import DeadlineExceeded, ServingError
 from featserve.server.forward import Forward
 from featserve.server.grpcio import QUIET_S, GrpcioServer, cannot_listen, overloaded, stopping
+from featserve.server.meter import MS, SECOND
 from featserve.server.service import READS, SERVICE_NAME, WRITES, Call, Service
 from featserve.server.status import DETAILS_KEY, encode_error, failed
 from featserve.server.telemetry import Telemetry
 from featserve.store.follow import Behind
+
+if TYPE_CHECKING:
+    from featserve.server.tracing import Trace
 
 log = logging.getLogger("featserve.server")
 
@@ -59,37 +65,27 @@ RESOURCE_EXHAUSTED = 8
 Status = tuple[int, str, list[tuple[str, bytes]]]
 
 
-class Turn:
-    """A call, taken on at ``taken_s`` (``time.monotonic``) with ``remaining_s`` to go, that waits for its turn."""
+class Turn(NamedTuple):
+    """A call that waits for its turn: when it was taken on and when its time is over, by ``perf_counter_ns``."""
 
-    __slots__ = (
-        "call", "call_id", "caught_up", "data", "metadata", "method", "remaining_s", "taken_s", "trace", "watch",
-    )  # fmt: skip
+    call_id: int
+    method: int
+    data: bytes
+    metadata: tuple[tuple[str, str | bytes], ...]
+    taken_ns: int
+    ends_ns: int
+    trace: Trace | None
 
-    def __init__(
-        self,
-        telemetry: Telemetry,
-        call_id: int,
-        method: int,
-        data: bytes,
-        metadata: tuple[tuple[str, str | bytes], ...],
-        taken_s: float,
-        remaining_s: float,
-    ) -> None:
-        self.call_id, self.method, self.data, self.metadata = call_id, method, data, metadata
-        self.taken_s, self.remaining_s = taken_s, remaining_s
-        self.trace = None if telemetry.tracing is None else telemetry.tracing.begin(metadata)
-        self.call: Call | None = None
+
+class Begun:
+    """A call whose turn has come: what is left of its deadline counts from here on."""
+
+    def __init__(self, turn: Turn, telemetry: Telemetry) -> None:
+        self.turn = turn
+        self.call = Call(turn.metadata, (turn.ends_ns - perf_counter_ns()) / SECOND)
+        self.watch = telemetry.watch_traced(METHODS[turn.method][0], self.call, turn.trace, turn.taken_ns)
         self.caught_up: Future[None] | None = None
-        """What it has to wait for, after its turn."""
-
-    def begin(self, telemetry: Telemetry) -> Call:
-        """Watch what is left of its deadline from here on, unless it was begun before."""
-        if self.call is None:
-            waited_s = time.monotonic() - self.taken_s
-            self.call = Call(self.metadata, self.remaining_s - waited_s)
-            self.watch = telemetry.watch_traced(METHODS[self.method][0], self.call, self.trace, waited_s)
-        return self.call
+        """What it has to wait for."""
 
 
 class NativeServer:
@@ -103,19 +99,19 @@ class NativeServer:
         self._behind = GrpcioServer(service, config, telemetry, forward, beside=self)
         telemetry.count(self)
         self._methods = METHODS if forward is None else METHODS[: len(READS)]
-        self._default_deadline_s, self._most_bytes = config.default_deadline_ms / 1_000, config.max_message_mb << 20
+        self._default_deadline_ns, self._most_bytes = config.default_deadline_ms * MS, config.max_message_mb << 20
         self._overloaded = _encoded(encode_error(overloaded(self._most_calls)))
         self._stopping = _encoded(encode_error(stopping()))
         self._failure: Exception | None = None
         self._reads: dict[int, Turn] = {}
-        self._late: dict[int, Turn] = {}
+        self._late: dict[int, Begun] = {}
         """Reads that wait for the store to catch up."""
         # Of the writes, one that is under way is no longer among those that wait.
         self._writes: dict[int, Turn] = {}
         self._writing = 0
         self._full, self._looked_s = False, 0.0
         """Whether there was no room for another call when calls were last taken, and that thread's processor time."""
-        self._limited: deque[tuple[float, int]] = deque()
+        self._limited: deque[tuple[int, int]] = deque()
         """When writes end that came without a deadline, in their order; those with one pygrpc-native ends itself."""
         self._writer = ThreadPoolExecutor(1, "featserve-writer")
         self._thread = threading.Thread(target=self._serve, name="featserve-native", daemon=True)
@@ -198,7 +194,7 @@ class NativeServer:
         events = self._front.recv_batch_details(self._most_events(), self._patience_ms())
         if events is None:
             return False
-        now_s, telemetry = time.monotonic(), self._telemetry
+        now_ns, tracing = perf_counter_ns(), self._telemetry.tracing
         refusing = self._behind.refusing
         room = self._most_calls - self.active - self._behind.active
         for kind, call_id, method, data, _, details in events:
@@ -210,17 +206,18 @@ class NativeServer:
                     continue
                 room -= 1
                 metadata, _, remaining_s = details
-                limit_s = self._default_deadline_s if remaining_s is None else remaining_s
-                turn = Turn(telemetry, call_id, method, data, metadata, now_s, limit_s)
+                ends_ns = now_ns + (self._default_deadline_ns if remaining_s is None else int(remaining_s * SECOND))
+                trace = None if tracing is None else tracing.begin(metadata)
+                turn = Turn(call_id, method, data, metadata, now_ns, ends_ns, trace)
                 if method < len(READS):
                     self._reads[call_id] = turn
                 else:
                     self._writes[call_id] = turn
                     self._writer.submit(self._write, call_id)
                     if remaining_s is None:
-                        self._limited.append((now_s + limit_s, call_id))
+                        self._limited.append((ends_ns, call_id))
         self._full = room <= 0
-        self._expire(now_s)
+        self._expire(now_ns)
         return True
 
     def _most_events(self) -> int:
@@ -238,7 +235,7 @@ class NativeServer:
             return 0
         if not self._limited:
             return None
-        return max(math.ceil((self._limited[0][0] - time.monotonic()) * 1_000), 0)
+        return max(math.ceil((self._limited[0][0] - perf_counter_ns()) / MS), 0)
 
     def _refusal(self, data: bytes) -> Status:
         """Return what a call is refused with before it waits."""
@@ -265,13 +262,11 @@ class NativeServer:
 
     def _answer_together(self, turns: Sequence[Turn]) -> None:
         """Answer the calls among these that can share a read; the others stay among the reads."""
-        now_s, meter = time.monotonic(), self._telemetry.meter
-        if meter is not None and time.perf_counter_ns() >= meter.ages_due_ns:
+        now_ns, meter = perf_counter_ns(), self._telemetry.meter
+        if meter is not None and now_ns >= meter.ages_due_ns:
             turns = turns[1:]  # the first is asked for event times, too, and so by itself
         asking = [
-            turn
-            for turn in turns
-            if turn.method == GET_FEATURES and turn.trace is None and now_s - turn.taken_s < turn.remaining_s
+            turn for turn in turns if turn.method == GET_FEATURES and turn.trace is None and now_ns < turn.ends_ns
         ]
         for share in self._service.shares([turn.data for turn in asking]):
             try:
@@ -283,22 +278,24 @@ class NativeServer:
                 self._respond(call_id, answer)
                 del self._reads[call_id]
             if meter is not None:
-                now_s = time.monotonic()
-                taken_ns = [int((now_s - asking[number].taken_s) * 1e9) for number in share.numbers]
-                meter.add_together("GetFeatures", share.plan, matrix, taken_ns)
+                taken_ns = [asking[number].taken_ns for number in share.numbers]
+                meter.add_together("GetFeatures", share.plan, matrix, taken_ns, perf_counter_ns())
 
     def _answer(self, turn: Turn) -> None:
         """Answer a call by itself."""
-        call = turn.begin(self._telemetry)
+        self._run(Begun(turn, self._telemetry))
+
+    def _run(self, begun: Begun) -> None:
+        turn = begun.turn
         try:
-            with turn.watch:
-                if turn.caught_up is not None:
-                    turn.caught_up.result()
-                answer = METHODS[turn.method][1](self._service, turn.data, call)
+            with begun.watch:
+                if begun.caught_up is not None:
+                    begun.caught_up.result()
+                answer = METHODS[turn.method][1](self._service, turn.data, begun.call)
         except Behind as behind:
-            turn.caught_up = behind.caught_up
-            self._late[turn.call_id] = turn
-            turn.caught_up.add_done_callback(partial(self._answer_late, turn.call_id))
+            begun.caught_up = behind.caught_up
+            self._late[turn.call_id] = begun
+            begun.caught_up.add_done_callback(partial(self._answer_late, turn.call_id))
         except Exception as error:  # noqa: BLE001 - the top of a request
             self._front.fail(turn.call_id, *_encoded(failed(error)))
         else:
@@ -312,26 +309,28 @@ class NativeServer:
 
     def _answer_late(self, call_id: int, caught_up: Future[None]) -> None:
         """Answer a read, once the store holds the write that it asks for, or its time is over."""
-        if (turn := self._late.pop(call_id, None)) is not None:
-            self._answer(turn)
+        if (begun := self._late.pop(call_id, None)) is not None:
+            self._run(begun)
 
-    def _expire(self, now_s: float) -> None:
+    def _expire(self, now_ns: int) -> None:
         """End the writes whose default deadline has passed before their turn."""
-        while self._limited and ((ended := self._limited[0][0] <= now_s) or self._limited[0][1] not in self._writes):
+        while self._limited and ((ended := self._limited[0][0] <= now_ns) or self._limited[0][1] not in self._writes):
             _, call_id = self._limited.popleft()
             if ended and self._drop(call_id):
-                error = DeadlineExceeded(f"the default deadline, {self._default_deadline_s:g} s, passed")
+                error = DeadlineExceeded(f"the default deadline, {self._default_deadline_ns / SECOND:g} s, passed")
                 self._front.fail(call_id, *_encoded(encode_error(error)))
 
     def _drop(self, call_id: int) -> bool:
         """Take a call that has ended before its turn out of its queue; say whether it was still there."""
-        turn = self._late.pop(call_id, None) or self._reads.pop(call_id, None) or self._writes.pop(call_id, None)
-        if turn is None:
-            return False
-        turn.begin(self._telemetry)
-        if turn.caught_up is not None:
-            turn.caught_up.cancel()
-        with suppress(CancelledError), turn.watch:
+        begun = self._late.pop(call_id, None)
+        if begun is None:
+            turn = self._reads.pop(call_id, None) or self._writes.pop(call_id, None)
+            if turn is None:
+                return False
+            begun = Begun(turn, self._telemetry)
+        if begun.caught_up is not None:
+            begun.caught_up.cancel()
+        with suppress(CancelledError), begun.watch:
             raise CancelledError
         return True
 

@@ -85,19 +85,19 @@ class Telemetry:
         return self.watch_traced(method, call, None if self.tracing is None else self.tracing.begin(call.metadata))
 
     def watch_traced(
-        self, method: str, call: Call, trace: Trace | None, waited_s: float = 0.0
+        self, method: str, call: Call, trace: Trace | None, taken_ns: int | None = None
     ) -> AbstractContextManager[object]:
         """Return the context of a request of which it is decided whether it is traced; see ``watch``.
 
-        ``waited_s``: how long it has already waited for its turn.
+        ``taken_ns``: since when it has waited for its turn, by ``perf_counter_ns``.
         """
         if trace is None and self.meter is None:
             return UNWATCHED
-        begun_ns = perf_counter_ns() - int(waited_s * 1e9)
+        begun_ns = perf_counter_ns() if taken_ns is None else taken_ns
         call.record = watch = _Watch(self, trace, method, begun_ns)
         if trace is not None:
             watch.stages = trace.stages
-            trace.stages.begun.append(("queue" if waited_s else "receive", begun_ns))
+            trace.stages.begun.append(("receive" if taken_ns is None else "queue", begun_ns))
         if self.meter is not None:
             watch.ages = begun_ns >= self.meter.ages_due_ns
         return watch

@@ -374,7 +374,8 @@ def test_requests_that_share_a_read_are_counted_as_if_alone(
     for _ in range(20):
         matrix = random_matrix(plan, rng, plain=False)
         times_ns = rng.integers(1, 10**9, len(matrix)).tolist()
-        shared.add_together("GetFeatures", plan, matrix, times_ns)
+        ended_ns = 10**10
+        shared.add_together("GetFeatures", plan, matrix, [ended_ns - time_ns for time_ns in times_ns], ended_ns)
         for row, time_ns in enumerate(times_ns):
             record = Record()
             record.plan, record.matrix = plan, matrix.part(row, row + 1)
