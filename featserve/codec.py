@@ -78,7 +78,8 @@ def keys_under(columns: Sequence[Column]) -> Callable[[bytes], list[bytes]]:
     """Return what gives the keys of n entities as a store has them, under a prefix; see ``encode_keys``."""
     first = columns[0]
     if len(columns) == 1 and first.offsets is None:
-        return integers_under(first.values.tobytes(), first.values.itemsize)
+        few = len(first.values) < FEW
+        return integers_under(first.values.tobytes(), first.values.itemsize) if few else _under(first.values)
     keys = encode_keys(columns)
     return lambda prefix: [prefix + key for key in keys]
 
@@ -91,8 +92,13 @@ def integers_under(raw: bytes, width: int) -> Callable[[bytes], list[bytes]]:
     if len(raw) < FEW * width:
         few = [raw[at : at + width][::-1] for at in range(0, len(raw), width)]
         return lambda prefix: [prefix + key for key in few]
-    whole = np.empty(len(raw) // width, _PREFIXED[width])
-    whole["key"] = np.frombuffer(raw, _INTEGER[width])
+    return _under(np.frombuffer(raw, _INTEGER[width]))
+
+
+def _under(values: Array) -> Callable[[bytes], list[bytes]]:
+    """Return the same from many numbers: whole keys are made as one array."""
+    whole = np.empty(len(values), _PREFIXED[values.itemsize])
+    whole["key"] = values
 
     def under(prefix: bytes) -> list[bytes]:
         whole["prefix"] = np.frombuffer(prefix, np.uint64)
