@@ -92,7 +92,7 @@ BENCHES: dict[str, tuple[str, Callable[[Path], list[Figure]]]] = {
     "memory": ("Memory of a server", memory.measure),
     "grid": ("Rows x features, from a warm and a cold cache, by the load test at 8 connections", grid.measure),
     "overload": ("Overload: requests arrive at multiples of the peak rate", overload.measure),
-    "writes": ("Reads while 10,000 rows/s are written: 500 requests/s at random instants", writes.measure),
+    "writes": ("Reads while 10,000 rows/s are written, at random instants", writes.measure),
     "windows": ("Windows: 5 features, 1,000 live events per entity, 100 keys; 20,000 events/s", windows.measure),
     "pieces": ("Pieces: median of each", pieces),
     "transform": ("A transform, in process: what it adds to a request", transform.measure),
