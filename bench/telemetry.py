@@ -119,7 +119,7 @@ def load_all(running: dict[str, Server], idle: dict[str, float], body: bytes, cp
             loaded_s[name] += loaded.seconds
             if turn:
                 requests[name] += loaded.ended
-            if turn == 1:
+            if 0 < turn <= ROUNDS:
                 rates.setdefault(name, []).append(loaded.rate)
 
 

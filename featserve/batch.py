@@ -57,6 +57,14 @@ class EntityKeys:
         return cls(columns, count)
 
 
+@value_class
+class Integers:
+    """The keys of a request for a service with one key, of integers: ``count`` of them, ``raw`` as they came."""
+
+    raw: bytes
+    count: int
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Arrival:
     """n rows of a view as they arrive: ``columns`` by name, int64 microseconds of shape (n,).

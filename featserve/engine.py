@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from featserve.batch import Arrival, EntityKeys, EventBatch, Pushed, Written
+from featserve.batch import Arrival, EntityKeys, EventBatch, Integers, Pushed, Written
 from featserve.checks import check_rows
 from featserve.codec import Rows, check_key_sizes, integers_under, keys_under
 from featserve.errors import invalid
@@ -38,7 +38,7 @@ AHEAD_US = 3_600_000_000
 def read(
     store: OnlineStore,
     plan: ReadPlan,
-    keys: EntityKeys,
+    keys: EntityKeys | Integers,
     now_us: int,
     *,
     request_columns: Mapping[str, Column] = NOTHING,
@@ -52,26 +52,11 @@ def read(
     ``event_times``: also return them. ``stages``: note in them what the time is spent on. Raises CorruptRow,
     StoreError, TransformError, or InvalidRequest where a view over events no longer knows the instant.
     """
-    check_key_sizes(keys.columns)
-    return _read(store, plan, _encode(plan, keys), keys.count, now_us, request_columns, as_of, event_times, stages)
-
-
-def _read(
-    store: OnlineStore,
-    plan: ReadPlan,
-    wanted: list[bytes],
-    rows: int,
-    now_us: int,
-    request_columns: Mapping[str, Column] = NOTHING,
-    as_of: bool = False,
-    event_times: bool = False,
-    stages: Stages | None = None,
-) -> FeatureMatrix:
-    """Return the features of ``plan`` for ``rows`` entities, whose keys in the store are ``wanted``, view by view."""
+    wanted = _encode(plan, keys)
     if stages is not None:
         stages.begin("store read")
     found = store.read_many(wanted)
-    schema = plan.schema
+    rows, schema = keys.count, plan.schema
     status = np.empty((rows, len(plan.views)), np.uint8)
     status.fill(1)  # Status.PRESENT
     answer = _Answer(
@@ -95,18 +80,27 @@ def _read(
     return FeatureMatrix(schema, answer.values, columns, status, answer.valid, answer.times)
 
 
-def _encode(plan: ReadPlan, keys: EntityKeys) -> list[bytes]:
+def _encode(plan: ReadPlan, keys: EntityKeys | Integers) -> list[bytes]:
     """Return the store's keys, view by view; views of one entity share the encoding of its columns."""
+    if isinstance(keys, EntityKeys):
+        check_key_sizes(keys.columns)
     encoded: dict[tuple[str, ...], Callable[[bytes], list[bytes]]] = {}
     wanted: list[bytes] = []
     for view in plan.views:
         under = encoded.get(view.keys)
         if under is None:
-            under = encoded[view.keys] = keys_under([keys.columns[name] for name in view.keys])
+            under = encoded[view.keys] = _under(keys, view.keys)
         wanted += under(view.prefix)
         if view.recent is not None:
             wanted += under(view.recent)
     return wanted
+
+
+def _under(keys: EntityKeys | Integers, names: tuple[str, ...]) -> Callable[[bytes], list[bytes]]:
+    """Return what gives the keys of one entity's views, of these columns, under a prefix."""
+    if isinstance(keys, Integers):
+        return integers_under(keys.raw, len(keys.raw) // keys.count)
+    return keys_under([keys.columns[name] for name in names])
 
 
 class _Unwarned(threading.local):
@@ -296,7 +290,7 @@ class Engine:
     def read(
         self,
         plan: ReadPlan,
-        keys: EntityKeys,
+        keys: EntityKeys | Integers,
         now_us: int,
         *,
         request_columns: Mapping[str, Column] = NOTHING,
@@ -315,16 +309,6 @@ class Engine:
             event_times=event_times,
             stages=stages,
         )
-
-    def read_integers(self, plan: ReadPlan, raw: bytes, rows: int, now_us: int) -> FeatureMatrix:
-        """Return what ``read`` does for ``rows`` entities, for a plan of one key: ``raw``, as the wire has integers."""
-        under = integers_under(raw, len(raw) // rows)
-        wanted: list[bytes] = []
-        for view in plan.views:
-            wanted += under(view.prefix)
-            if view.recent is not None:
-                wanted += under(view.recent)
-        return _read(self.store, plan, wanted, rows, now_us)
 
     def write(self, plan: WritePlan, arrival: Arrival, *, now_us: int, max_future_skew_us: int) -> Written:
         """Write rows that arrive now; see ``write``. Rows of no source come after all that have a source position."""

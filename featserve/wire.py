@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 
 from featserve._proto import errors_pb2
 from featserve._proto import serving_pb2 as pb
-from featserve.batch import Arrival, EntityKeys, check_request_columns, column_names, ragged
+from featserve.batch import Arrival, EntityKeys, Integers, check_request_columns, column_names, ragged
 from featserve.definitions import EventSource, FeatureView
 from featserve.errors import FeatserveError, TooLarge, Violation, by_reason, invalid
 from featserve.matrix import FeatureMatrix
@@ -47,22 +47,25 @@ def integer_key(expected: Mapping[str, Type]) -> Type | None:
     return type_ if type_ is not None and type_.dtype is not None and type_.dtype.kind == "i" else None
 
 
-def plain_integers(columns: Sequence[pb.Column], name: str, type_: Type, max_rows: int) -> bytes | None:
+def plain_integers(columns: Sequence[pb.Column], name: str, type_: Type, max_rows: int) -> Integers | None:
     """Return the values of the only column as they came, None where ``decode_keys`` has to look at them."""
     message = columns[0] if len(columns) == 1 else pb.Column()
     data = message.data
     if message.name != name or message.type != type_.code or message.length or message.validity or message.offsets:
         return None
-    return data if len(data) % type_.width == 0 < len(data) <= max_rows * type_.width else None
+    rows, rest = divmod(len(data), type_.width)
+    return Integers(data, rows) if not rest and 0 < rows <= max_rows else None
 
 
-def join_keys(parts: Sequence[EntityKeys]) -> EntityKeys:
-    """Return the keys of several requests for the same service, one after the other."""
-    first = parts[0]
+def join_keys(parts: Sequence[EntityKeys | Integers]) -> EntityKeys | Integers:
+    """Return the keys of several requests for the same service, all in one form, one after the other."""
     if len(parts) == 1:
-        return first
-    columns = {name: concat([part.columns[name] for part in parts]) for name in first.columns}
-    return EntityKeys(columns, sum(part.count for part in parts))
+        return parts[0]
+    rows = sum(part.count for part in parts)
+    if raw := [part.raw for part in parts if isinstance(part, Integers)]:
+        return Integers(b"".join(raw), rows)
+    columns = [part.columns for part in parts if isinstance(part, EntityKeys)]
+    return EntityKeys({name: concat([given[name] for given in columns]) for name in columns[0]}, rows)
 
 
 def decode_request_columns(columns: Iterable[pb.Column], expected: Mapping[str, Type], rows: int) -> dict[str, Column]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from featserve._proto import serving_pb2 as pb
-from featserve.batch import Arrival, EntityKeys
+from featserve.batch import Arrival, EntityKeys, Integers
 from featserve.codec import encode_keys, integers_under
 from featserve.definitions import Entity, FeatureService, FeatureView, Field
 from featserve.engine import Engine
@@ -219,6 +219,7 @@ def test_keys_of_several_requests_are_those_of_each(rng: np.random.Generator) ->
         messages = [[encode_column(name, keys[name]) for name in rng.permutation(list(keys))] for keys in requests]
         decoded = [decode_keys(columns, entity.keys, 10) for columns in messages]
         joined = join_keys(decoded)
+        assert isinstance(joined, EntityKeys)
         assert joined.count == sum(keys.count for keys in decoded)
         for name, col in joined.columns.items():
             assert cells_of(col) == [cell for keys in decoded for cell in cells_of(keys.columns[name])]
@@ -227,7 +228,9 @@ def test_keys_of_several_requests_are_those_of_each(rng: np.random.Generator) ->
         plain += 1
         ((name, col),) = joined.columns.items()
         raw = [plain_integers(columns, name, type_, 10) for columns in messages]
-        assert b"".join(each for each in raw if each is not None) == col.values.tobytes()
+        together = join_keys([each for each in raw if each is not None])
+        assert isinstance(together, Integers)
+        assert (together.raw, together.count) == (col.values.tobytes(), joined.count)
         prefix = bytes(range(8))
         assert integers_under(col.values.tobytes(), type_.width)(prefix) == [prefix + key for key in encode_keys([col])]
     assert plain

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from featserve._proto import serving_pb2 as pb
-from featserve.batch import EntityKeys
+from featserve.batch import EntityKeys, Integers
 from featserve.engine import Engine
 from featserve.errors import FeatserveError
 from featserve.matrix import FeatureMatrix
@@ -25,26 +25,19 @@ MOST_SEEN = 4_096
 
 @dataclass(slots=True)
 class Share:
-    """Requests for one service: the number of each among all, its rows and its keys.
-
-    These are in ``raw``, as they came, where the service has one key, of integers; else in ``keys``.
-    """
+    """Requests for one service: the number of each among all, and its keys."""
 
     plan: ReadPlan
     numbers: list[int]
-    rows: list[int]
-    raw: list[bytes]
-    keys: list[EntityKeys]
+    keys: list[EntityKeys | Integers]
 
     def read(self, engine: Engine, now_us: int) -> FeatureMatrix:
         """Return the features of all of them, one after the other; raises as ``Engine.read`` does."""
-        if self.raw:
-            return engine.read_integers(self.plan, b"".join(self.raw), sum(self.rows), now_us)
         return engine.read(self.plan, join_keys(self.keys), now_us)
 
     def encode(self, matrix: FeatureMatrix) -> list[bytes]:
         """Return the answer of each, from what was read."""
-        return encode_parts(matrix, self.rows)
+        return encode_parts(matrix, [keys.count for keys in self.keys])
 
 
 class Sharing:
@@ -72,27 +65,25 @@ class Sharing:
                 continue
             if asked is None:
                 continue
-            plan, rows, keys = asked
-            raw, decoded = ([keys], []) if isinstance(keys, bytes) else ([], [keys])
+            plan, keys = asked
             small = len(data) <= TOGETHER_BYTES
             share = joined.get(plan.schema.hash) if small else None
             if share is not None:
                 share.numbers.append(number)
-                share.rows.append(rows)
-                share.raw += raw
-                share.keys += decoded
+                share.keys.append(keys)
                 continue
-            shares.append(share := Share(plan, [number], [rows], raw, decoded))
+            shares.append(share := Share(plan, [number], [keys]))
             if small:
                 joined[plan.schema.hash] = share
         return shares
 
-    def _asked(self, data: bytes) -> tuple[ReadPlan, int, bytes | EntityKeys] | None:
-        """Return what a request asks for: a plan, and so many rows of keys. None where it is to be answered alone."""
+    def _asked(self, data: bytes) -> tuple[ReadPlan, EntityKeys | Integers] | None:
+        """Return what a request asks for: a plan, and keys. None where it is to be answered alone."""
         if (known := self._seen.get(len(data))) is not None:
             size, heads = known
             if (seen := heads.get(data[:size])) is not None:
-                return *seen, data[size:]
+                plan, rows = seen
+                return plan, Integers(data[size:], rows)
         request = parse(pb.GetFeaturesRequest, data)
         plan = self.plans.service(request.service)
         if plan.steps or _asks_more(request):
@@ -100,25 +91,23 @@ class Sharing:
         expected = plan.schema.keys
         key = integer_key(expected)
         if key is None:
-            keys = decode_keys(request.keys, expected, self._max_rows)
-            return plan, keys.count, keys
-        raw = plain_integers(request.keys, next(iter(expected)), key, self._max_rows)
-        if raw is None:
+            return plan, decode_keys(request.keys, expected, self._max_rows)
+        keys = plain_integers(request.keys, next(iter(expected)), key, self._max_rows)
+        if keys is None:
             return None
-        rows = len(raw) // key.width
         if self._left:
-            self._remember(data, request, plan, rows, raw)
-        return plan, rows, raw
+            self._remember(data, request, plan, keys)
+        return plan, keys
 
-    def _remember(self, data: bytes, request: pb.GetFeaturesRequest, plan: ReadPlan, rows: int, values: bytes) -> None:
+    def _remember(self, data: bytes, request: pb.GetFeaturesRequest, plan: ReadPlan, keys: Integers) -> None:
         """Note what a request asks for, where the values of its key are the end of it."""
         request.DiscardUnknownFields()
         if request.SerializeToString() != data:
             return  # its fields are in another order, or there are others
-        size = len(data) - len(values)
+        size = len(data) - len(keys.raw)
         known, heads = self._seen.setdefault(len(data), (size, {}))
         if known == size:
-            heads[data[:size]] = plan, rows
+            heads[data[:size]] = plan, keys.count
             self._left -= 1
 
 

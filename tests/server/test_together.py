@@ -132,7 +132,7 @@ def test_what_is_remembered_of_requests_is_bounded(service: Service, monkeypatch
     assert not sharing._seen
     for rows in [*range(1, 10), *range(1, 10)]:
         (share,) = sharing.shares([wide(*range(rows)).SerializeToString()])
-        assert share.rows == [rows]
+        assert [keys.count for keys in share.keys] == [rows]
     assert sum(len(heads) for _, heads in sharing._seen.values()) == len(sharing._seen) == 3
 
 
