@@ -123,13 +123,14 @@ class Layout:
 
     @property
     def in_parts(self) -> bool:
-        """True where records are kept in two parts: they may be long, and two structs make one by arithmetic alone.
+        """True where records are kept in two parts: they may be long, or loads make a push write each record twice.
 
-        Not where strings stand behind them, or all of it is needed to hold a bound.
+        Not where strings stand behind them, or all of it is needed to hold a bound: two structs are to make one by
+        arithmetic alone.
         """
         longest = sum(max(map(_buckets, series.windows)) * series.width for series in self.series)
         coded = any(measure.coded for series in self.series for measure in series.measures)
-        return not self.bounds and not coded and 8 * longest > LONG_BYTES
+        return not self.bounds and not coded and (8 * longest > LONG_BYTES or self.view.source is not None)
 
 
 def _grain(window: Window) -> tuple[Any, ...]:
