@@ -9,7 +9,6 @@ refusal, only how many there were: a p99 is what that of so many requests is at 
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from contextlib import ExitStack
@@ -62,13 +61,13 @@ class Offered:
 def measure(folder: Path) -> list[Figure]:
     """Load a server on each transport with 1 and 100 keys a request; ratios are to the peak of the same round."""
     limit = load_config(folder).server.max_concurrent
-    first, *others = sorted(os.sched_getaffinity(0))
+    serving, loading = servers.shared_out()
     figures = []
     for transport in TRANSPORTS:
         with ExitStack() as stack:
-            with servers.on({first}):
+            with servers.on(serving):
                 server = stack.enter_context(servers.ours(folder, transport))
-            stack.enter_context(servers.on(set(others) or {first}))
+            stack.enter_context(servers.on(loading))
             for keys in KEYS:
                 body = next(load.bodies(keys, ENTITIES, 1))
                 told = f"{transport}, {keys} {'key' if keys == 1 else 'keys'}"

@@ -62,6 +62,15 @@ class Server:
         return float(self._watched.memory_info().rss / 2**20)
 
 
+def shared_out() -> tuple[set[int], set[int]]:
+    """Return a core for servers and the others for what loads them, so that neither takes the other's time.
+
+    On one core both are the same.
+    """
+    first, *others = sorted(os.sched_getaffinity(0))
+    return {first}, set(others) or {first}
+
+
 @contextmanager
 def on(cores: set[int]) -> Iterator[None]:
     """Have this thread, and the processes that it starts meanwhile, run on these cores alone."""

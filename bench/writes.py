@@ -2,9 +2,10 @@
 
 Requests arrive at random instants at a rate that the server can serve with ease, and latency counts from the instant at
 which each should have started. They come in turns: without writes, with writes to another server, and with writes to
-this one. Reads of a server that has nothing to do with the writes wait, too, for the processors; what they wait tells
-how much of the ratio is this machine's. Every row was read before, so that all turns find the same cache: the rows that
-are written are replaced in it.
+this one. The servers have a core of their own, and what reads and writes has the others, as if on other machines. Reads
+of a server that has nothing to do with the writes wait, too, for the processor; what they wait tells how much of the
+ratio is not this server's own. Every row was read before, so that all turns find the same cache: the rows that are
+written are replaced in it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from featserve.types import Column, Float64, Int64
 
 TRANSPORTS = ("native", "grpcio")
 RATES = {1: 500.0, 100: 200.0}
-"""Requests a second, by their keys: with ease also where the load test and the writes have the same two cores."""
+"""Requests a second, by their keys: with ease also where the load test and the writes have one core."""
 ROWS_PER_S = 10_000.0
 WRITTEN = 100_000
 TURNS = 6
@@ -46,10 +47,14 @@ def measure(folder: Path) -> list[Figure]:
     rows = {f"f{i}": Column(Float64, random.standard_normal(WRITTEN)) for i in range(FEATURES)}
     writes = Writes(VIEW, rows | {KEY: Column(Int64, random.permutation(ENTITIES)[:WRITTEN])}, ROWS_PER_S)
     copied = shutil.copytree(folder, folder.with_name(f"{folder.name}-copied"))
+    serving, loading = servers.shared_out()
     figures = []
     try:
         for transport in TRANSPORTS:
-            with servers.ours(folder, transport) as server, servers.ours(copied, transport) as other:
+            with ExitStack() as stack:
+                with servers.on(serving):
+                    server, other = [stack.enter_context(servers.ours(path, transport)) for path in (folder, copied)]
+                stack.enter_context(servers.on(loading))
                 load.warm(server.address, ENTITIES)
                 load.warm(other.address, ENTITIES)
                 for keys in RATES:
@@ -99,7 +104,7 @@ def _figures(told: str, alone: list[Point], other: list[Point], own: list[Point]
     errors = sum((total.errors for total in (idle, beside, busy, written)), Counter[str]())
     return [
         Figure(f"{told}: p99 with writes to p99 without", p99s[2] / p99s[0], "", TARGET, at_most=True, note=note),
-        Figure("  the same, writing to another server", p99s[1] / p99s[0], "", note="what the machine makes of it"),
+        Figure("  the same, writing to another server", p99s[1] / p99s[0], "", note="on the same core"),
         Figure("  p99 without", p99s[0], "us", note=f"{idle.latency.count:,} requests"),
         Figure("  p99 with", p99s[2], "us", note=f"{busy.latency.count:,} requests, {number(rows)} rows/s written"),
         Figure("  errors", errors.total(), "", 0, at_most=True, note=", ".join(errors)),

@@ -30,7 +30,7 @@ COUNT = "count"
 MAX_WAITING = 10_000
 """The most events of one entity that may wait to become visible."""
 LONG_BYTES = 2_048
-"""A record that may be longer is kept in two parts: what came lately is in one of up to about this length."""
+"""A record that may be longer is kept in two parts. What came lately is in one of up to about this length."""
 
 
 @dataclass(frozen=True, slots=True)
