@@ -134,12 +134,13 @@ def test_rows_come_as_lists_arrays_or_frames(client: featserve.Client, kind: str
 
 def test_write_stream_counts_and_says_how_far_it_came(client: featserve.Client) -> None:
     """Batches on a stream are written in order; a refused one ends it with its error, which counts those before it."""
-    assert client.write_stream("numbers", (rows([i]) for i in range(500, 520)), event_time=NOW).stored == 20
-    batches = [rows([530]), rows([531]), rows([532]) | {"user_id": [None]}, rows([533])]
+    assert client.write_stream("numbers", (rows([i]) for i in range(5_000_500, 5_000_520)), event_time=NOW).stored == 20
+    batches = [rows([5_000_530]), rows([5_000_531]), rows([5_000_532]) | {"user_id": [None]}, rows([5_000_533])]
     with pytest.raises(InvalidRequest, match="user_id") as caught:
         client.write_stream("numbers", iter(batches), event_time=NOW)
     assert caught.value.metadata == {"messages_written": "2"}
-    assert client.get("wide", {"user_id": [530, 531, 532, 533]}).view_status[:, 0].tolist() == [1, 1, 3, 3]
+    asked = client.get("wide", {"user_id": list(range(5_000_530, 5_000_534))})
+    assert asked.view_status[:, 0].tolist() == [1, 1, 3, 3]
 
 
 def test_lists_and_describes(client: featserve.Client) -> None:
@@ -359,7 +360,7 @@ rain = FeatureService("rain", [weather_2])
 
 def test_a_client_serves_many_threads(client: featserve.Client) -> None:
     """Threads that share a client, and first meet its empty caches at once, all get their own answers."""
-    known = list(range(600, 620))
+    known = list(range(5_000_600, 5_000_620))
     client.write("numbers", rows(known) | {"f0": np.array(known, float)}, event_time=NOW)
     together = threading.Barrier(16)
 
@@ -367,7 +368,7 @@ def test_a_client_serves_many_threads(client: featserve.Client) -> None:
         rng = np.random.default_rng(thread)
         together.wait(60)
         for _ in range(20):
-            users = rng.integers(600, 620, size=rng.integers(1, 9))
+            users = rng.integers(5_000_600, 5_000_620, size=rng.integers(1, 9))
             answer = client.get("wide", {"user_id": users})
             assert answer.values[:, 0].tolist() == users.astype(float).tolist()
 
