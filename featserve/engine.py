@@ -26,6 +26,7 @@ from featserve.stages import Stages
 from featserve.store import OnlineStore
 from featserve.store.follow import Behind, Follower, sequence_of, token_of
 from featserve.transform import REQUEST_TIME, Slots, request_slot, run
+from featserve.turns import give_way
 from featserve.types import NEVER_US, Array, Column, Mask, Timestamp
 
 NOTHING: Mapping[str, Column] = {}
@@ -264,7 +265,10 @@ def write(store: OnlineStore, plan: WritePlan, batch: EventBatch, latest_us: int
     and reason, and writes nothing; StoreError where the store cannot.
     """
     check_rows(plan.view.rows, batch, latest_us)
-    return Written(len(batch), store.write_many(*encode_rows(plan, batch)))
+    give_way()
+    keys, rows = encode_rows(plan, batch)
+    give_way()
+    return Written(len(batch), store.write_many(keys, rows))
 
 
 def encode_rows(plan: WritePlan, batch: EventBatch) -> tuple[list[bytes], list[bytes]]:

@@ -25,6 +25,7 @@ from featserve.folding import beyond, fold, reached, settled, unite
 from featserve.plan import PushPlan, WindowPlan
 from featserve.series import LONG_BYTES, Events, Layout, Pool, State, events_of
 from featserve.store import OnlineStore, Writes
+from featserve.turns import give_way
 from featserve.types import NEVER_US, Column, Mask
 from featserve.windows import DAY_US, starts
 
@@ -51,6 +52,7 @@ def push(store: OnlineStore, plan: PushPlan, batch: EventBatch, *, now_us: int, 
         note: list[bytes] = []
         start = 0
         for part, wanted in zip(parts, keys, strict=True):
+            give_way()
             writes = part.change(store, dict(zip(wanted, found[start : start + len(wanted)], strict=True)))
             rows |= writes.rows
             forget += writes.forget
@@ -108,6 +110,7 @@ class _Part:
         """Return what to write, and note what becomes of each event."""
         plan, loads = self._plan, found[self._plan.load]
         fresh = self._fresh(store, loads)
+        give_way()
         self.duplicate[self._rows[~fresh]] = True
         rows = np.flatnonzero(fresh)
         if not len(rows):
@@ -115,6 +118,7 @@ class _Part:
         pool = Pool()
         events = events_of(plan.codec.layout, self._batch.take(rows), self._owner[rows], pool)
         kept = self._folded(store, found, events, pool)
+        give_way()
         if problem := beyond(plan.codec.layout, kept.whole):
             what, entity = problem
             raise over(plan, (what, int(kept.united[entity])), self._entities, self._batch, self._owner)
@@ -122,6 +126,7 @@ class _Part:
         self.counted[self._rows[rows[counts]]] = True
         self.late[self._rows[rows[~counts]]] = True
         written = self._parts(store, kept, pool)
+        give_way()
         if not self._ids:
             return Writes(written)
         rows = rows[counts]

@@ -21,7 +21,7 @@ FUNCTION_LINES = 70
 # may also import one another.
 LAYERS = (
     ("errors",),
-    ("types", "config", "stages", "tls"),
+    ("types", "config", "stages", "tls", "turns"),
     ("schema", "batch", "arrow", "aggregates"),
     ("definitions", "frames", "matrix"),
     ("codec", "catalog", "purity", "sources", "transform", "windows"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import selectors
 import signal
 import time
@@ -34,6 +35,8 @@ MAX_UNDER_WAY = 4_000
 NOT_SENT = "NOT_SENT"
 AFTER_ERROR_S = 0.01
 READY = "ready"
+BACKGROUND = 10
+"""How far back what writes stands (nice): making its rows should not delay the starts of reads, which are measured."""
 
 OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),  # a connection for each channel
@@ -164,6 +167,8 @@ def work(pipe: Connection, target: str, tls: Pem | None, source: Reads | Writes,
     that says what went wrong.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+    if isinstance(source, Writes):
+        os.nice(BACKGROUND)
     random = np.random.default_rng(seed)
     gc.freeze()
     with asyncio.Runner(loop_factory=new_loop) as runner:

@@ -8,9 +8,7 @@ again once that is ``caught_up``. A transport that has several reads at once may
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,6 +21,7 @@ from featserve.plan import ReadPlan
 from featserve.server.status import encode_error
 from featserve.server.together import Share, Sharing
 from featserve.stages import Stages
+from featserve.turns import give_way, short_turns
 from featserve.wire import (
     decode_keys,
     decode_request_columns,
@@ -37,8 +36,6 @@ from featserve.wire import (
 
 WAITED = 0.9
 """The part of its deadline that a request waits for a write; the rest is for saying that it did not come."""
-SWITCH_S, USUAL_SWITCH_S = 0.0001, sys.getswitchinterval()
-"""How long a thread waits for Python code of another, which then lets it in: while something is written, and else."""
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["FeatureServingService"].full_name
 
 
@@ -79,16 +76,6 @@ class Limits:
 
     max_rows: int
     max_future_skew_us: int
-
-
-@contextmanager
-def _giving_way() -> Iterator[None]:
-    """Let threads that read in soon: a write is a millisecond of Python code, and they would wait for all of it."""
-    sys.setswitchinterval(SWITCH_S)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(USUAL_SWITCH_S)
 
 
 class Service:
@@ -212,13 +199,14 @@ class Service:
         answer = pb.WriteRowsResponse(rows=written.rows, stored=written.stored, token=written.token)
         return answer.SerializeToString()
 
-    @_giving_way()
+    @short_turns()
     def _write(self, request: pb.WriteRowsRequest, record: Record | None) -> Written:
         stages = None if record is None else record.stages
         if stages is not None:
             stages.begin("rows")
         plan = self.engine.plans.view(request.view)
         arrival = decode_rows(request, plan.columns, self._limits.max_rows)
+        give_way()
         skew_us = self._limits.max_future_skew_us
         if stages is not None:
             stages.begin("store write")
@@ -239,13 +227,14 @@ class Service:
         pushed = self._push(parse(pb.PushEventsRequest, data), call.record)
         return pb.PushEventsResponse(**asdict(pushed)).SerializeToString()
 
-    @_giving_way()
+    @short_turns()
     def _push(self, request: pb.PushEventsRequest, record: Record | None) -> Pushed:
         stages = None if record is None else record.stages
         if stages is not None:
             stages.begin("events")
         plan = self.engine.plans.events(request.source)
         arrival = decode_rows(request, plan.source.types, self._limits.max_rows)
+        give_way()
         skew_us = self._limits.max_future_skew_us
         if stages is not None:
             stages.begin("store write")

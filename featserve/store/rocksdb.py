@@ -38,6 +38,7 @@ from featserve.store.announced import Announced
 from featserve.store.cache import RowCache
 from featserve.store.database import NOTES, ingest, keys_of, open_database, options_of, translate, translated
 from featserve.store.replaced import packed, place, replaced
+from featserve.turns import give_way
 
 FORMAT_KEY = b"\x00featserve"
 FORMAT = b"rows 2"
@@ -169,6 +170,7 @@ class RocksStore:
         names = list(best)
         with self._lock:
             found = self._held(names)
+            give_way()
             won = dict(zip(*_winners(names, list(best.values()), found), strict=True))
             if won:
                 self._write(Writes(won), [key for key, row in zip(names, found, strict=True) if row is not None])
@@ -220,6 +222,7 @@ class RocksStore:
         number = self._sequence + 1
         batch.put(SEQUENCE_KEY, number.to_bytes(8, "big"))
         batch.put(place(number), packed(number, old))
+        give_way()
         with translated(f"cannot write to the store at {self.path}"):
             with self._changing(writes.rows.keys()) as cached:
                 self._opened().write(batch)
