@@ -8,6 +8,7 @@ the other in turns, so what else happens on the machine meets all of them.
 
 from __future__ import annotations
 
+import os
 import shutil
 import statistics
 import subprocess
@@ -33,6 +34,7 @@ from featserve.config import load_config
 from featserve.embedded import clock_us
 from featserve.load_test import Load, LoadTest, Range, Reads, run
 from featserve.load_test.result import Round, merge
+from featserve.load_test.worker import BACKGROUND
 from featserve.project import load_definitions
 from featserve.registry import Registry
 from featserve.types import Column, Float64, Int64
@@ -260,6 +262,7 @@ def _all(rounds: list[Round]) -> Round:
 
 def push(address: str, events_per_s: float, seconds: float) -> float:
     """Push events of random entities at a pace, on one stream; return how many a second the server took."""
+    os.nice(BACKGROUND)
     random = np.random.default_rng(int(time.time()))
     ids = time.time_ns() >> 8
 
