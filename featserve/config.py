@@ -87,9 +87,11 @@ class ServerConfig:
     """``[server]``. Where it listens (``port`` 0: any free one), and the limits of everything that it takes on.
 
     ``workers``: processes that serve, 0 for one for each core; with one there is no writer beside it. The limits hold
-    for each. ``transport``: "grpcio"; "native", which is pygrpc-native; or "auto", whichever keeps every promise.
-    ``default_deadline_ms``: for a request that carries none. ``drain_seconds``: how long requests in flight may take
-    after SIGTERM. ``registry_poll_seconds``: how often it looks for a newly applied definition.
+    for each. ``max_streams``: calls, streams among them, that one connection may have under way on pygrpc-native; a
+    client with more holds those back itself. ``transport``: "grpcio"; "native", which is pygrpc-native; or "auto",
+    whichever keeps every promise. ``default_deadline_ms``: for a request that carries none. ``drain_seconds``: how long
+    requests in flight may take after SIGTERM. ``registry_poll_seconds``: how often it looks for a newly applied
+    definition.
     ``max_future_skew_seconds``: how far ahead of the clock a written row's time may be.
 
     ``tls_certificate``, ``tls_key``: files in PEM, both or neither; without them nothing is encrypted. With
@@ -103,6 +105,7 @@ class ServerConfig:
     max_message_mb: int = between(16, 1, 2_047)
     max_rows: int = between(10_000, 1, 10_000_000)
     max_concurrent: int = between(256, 1, 1_000_000)
+    max_streams: int = between(16, 1, 1_000_000)
     default_deadline_ms: int = between(5_000, 1, 3_600_000)
     drain_seconds: float = between(10.0, 0, 3_600)
     registry_poll_seconds: float = between(2.0, 0.01, 86_400)

@@ -27,6 +27,7 @@ transport = "auto"
 max_message_mb = 4
 max_rows = 100
 max_concurrent = 3
+max_streams = 7
 default_deadline_ms = 250
 drain_seconds = 1
 registry_poll_seconds = 0.5
@@ -58,7 +59,7 @@ def test_every_key_is_read(project: Path) -> None:
     assert config.store.path == project / "state/store"
     assert (config.store.durability, config.store.block_cache_mb, config.store.row_cache_mb) == ("fsync", 8, 0)
     tls = (project / "tls/server.pem", project / "tls/server.key", Path("/etc/ssl/clients.pem"))
-    assert config.server == ServerConfig("0.0.0.0", 0, 3, "auto", 4, 100, 3, 250, 1, 0.5, 0, *tls)
+    assert config.server == ServerConfig("0.0.0.0", 0, 3, "auto", 4, 100, 3, 7, 250, 1, 0.5, 0, *tls)
 
 
 def test_an_empty_file_is_a_project(project: Path) -> None:

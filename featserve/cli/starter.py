@@ -38,6 +38,7 @@ port = 7070
 # transport = "native"         # pygrpc-native instead of "grpcio": faster, for callers that are trusted
 # max_rows = 10000               # in one request
 # max_concurrent = 256           # requests at once; more are refused at once
+# max_streams = 16               # of these on one connection, with "native"; a client with more holds them back
 # max_message_mb = 16
 # default_deadline_ms = 5000     # for a request that carries no deadline
 # drain_seconds = 10             # how long requests in flight may take after SIGTERM

@@ -57,9 +57,6 @@ REFUSED_PER_S = 5_000
 answer does, so who refuses all that comes has no time for answers; what waits in pygrpc-native may still get one."""
 IO_THREADS = 1
 """One thread answers, and one keeps up with it; where cores are few a second one only takes turns with them."""
-LEAST_STREAMS = 100
-"""Calls at once on one connection that HTTP/2 lets through (its own advice), or half of what the server has room for,
-where that is more. A client with more of them holds those back itself, at no cost here."""
 
 RESOURCE_EXHAUSTED = 8
 Status = tuple[int, str, list[tuple[str, bytes]]]
@@ -95,7 +92,7 @@ class NativeServer:
         self, service: Service, config: ServerConfig, telemetry: Telemetry, forward: Forward | None = None
     ) -> None:
         self._service, self._telemetry = service, telemetry
-        self._most_calls, self.shed = config.max_concurrent, 0
+        self._most_calls, self._most_streams, self.shed = config.max_concurrent, config.max_streams, 0
         self._behind = GrpcioServer(service, config, telemetry, forward, beside=self)
         telemetry.count(self)
         self._methods = METHODS if forward is None else METHODS[: len(READS)]
@@ -131,7 +128,7 @@ class NativeServer:
                 paths,
                 io_threads=IO_THREADS,
                 call_details=True,
-                max_concurrent_streams=max(LEAST_STREAMS, self._most_calls // 2),
+                max_concurrent_streams=self._most_streams,
                 reuse_port=reuse_port,
             )
         except OSError as error:

@@ -183,7 +183,7 @@ async def converse(address: str, streams: int, rounds: int) -> list[int]:
 @pytest.mark.slow
 def test_thousands_of_streams_on_one_connection(start: Callable[..., Server]) -> None:
     """Four thousand streams at once on one connection are all answered, and leave no memory behind."""
-    server = start(max_concurrent=8_000)  # half of it for one connection
+    server = start(max_concurrent=8_000, max_streams=4_000)
     sizes = []
     for _ in range(4):
         assert asyncio.run(converse(server.address, 4_000, 2)) == [2] * 8_000

@@ -8,6 +8,7 @@ import socket
 import struct
 import threading
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -18,7 +19,7 @@ from featserve.config import load_config
 from featserve.errors import ServingError
 from featserve.server import native
 from featserve.server.app import run
-from featserve.server.native import LEAST_STREAMS, NativeServer
+from featserve.server.native import NativeServer
 from tests.server.messages import numbers, wide
 from tests.serving import PATIENCE_S, TRANSPORTS, Project, Server
 
@@ -50,19 +51,19 @@ def test_a_failure_of_a_thread_ends_the_server(tmp_path: Path, monkeypatch: pyte
     assert codes == [grpc.StatusCode.UNAVAILABLE]
 
 
-@pytest.mark.parametrize(("room", "streams"), [(40, LEAST_STREAMS), (1_000, 500)])
-def test_a_connection_may_have_so_many_calls_under_way(tmp_path: Path, room: int, streams: int) -> None:
+@pytest.mark.parametrize(("settings", "streams"), [({}, 16), ({"max_streams": 500}, 500)])
+def test_a_connection_may_have_so_many_calls_under_way(tmp_path: Path, settings: dict[str, Any], streams: int) -> None:
     """The first frame of the server, HTTP/2's SETTINGS, says so to clients, which hold back what is more."""
     with (
-        Server(Project.make(tmp_path, **TRANSPORTS["native"], max_concurrent=room)) as server,
+        Server(Project.make(tmp_path, **TRANSPORTS["native"], **settings)) as server,
         socket.create_connection(("127.0.0.1", server.port), PATIENCE_S) as connection,
     ):
         connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0)))
         frame = connection.makefile("rb")
         size, kind = struct.unpack(">xHB5x", frame.read(9))
-        settings = dict(struct.iter_unpack(">HI", frame.read(size)))
+        told = dict(struct.iter_unpack(">HI", frame.read(size)))
     assert kind == 4
-    assert settings[3] == streams
+    assert told[3] == streams
 
 
 @pytest.mark.parametrize(("refused_per_s", "refuses"), [(0, False), (10**9, True)])
