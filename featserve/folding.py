@@ -40,7 +40,7 @@ def fold(layout: Layout, state: State, events: Events, now_us: int) -> State:
     firsts = _firsts(layout, newest)  # what was seen beyond that may go with the next load
     runs = []
     for series, first, run in zip(layout.series, firsts, state.runs, strict=True):
-        numbers = periods(series.windows[0], events.event_time_us)
+        numbers = periods(series.longest, events.event_time_us)
         kept = numbers >= first[events.owner]
         come = _run_of(series, events.take(kept), numbers[kept])
         runs.append(_trimmed(_united(series, run, come), first))
@@ -69,8 +69,10 @@ def unite(layout: Layout, one: State, other: State) -> State:
 def reached(layout: Layout, newest_us: Int64s, owner: Int64s, event_time_us: Int64s) -> Mask:
     """Return which events a window holds, or may hold, at or after the newest event of their entity."""
     held = np.zeros(len(owner), np.bool_)
+    if not len(owner):
+        return held
     for series, first in zip(layout.series, _firsts(layout, newest_us), strict=True):
-        held |= periods(series.windows[0], event_time_us) >= first[owner]
+        held |= periods(series.longest, event_time_us) >= first[owner]
     return held
 
 
@@ -105,9 +107,7 @@ def beyond(layout: Layout, state: State) -> tuple[str, int] | None:
 
 def _firsts(layout: Layout, newest_us: Int64s) -> list[Int64s]:
     """Return for each series the first bucket that a read at or after the newest event needs, by entity."""
-    return [
-        np.minimum.reduce([first_periods(window, newest_us) for window in series.windows]) for series in layout.series
-    ]
+    return [first_periods(series.longest, newest_us) for series in layout.series]
 
 
 def _in_order(waiting: Events) -> Events:
@@ -251,7 +251,7 @@ def filled(series: Series, run: Run) -> Run:
     What stands for such a bucket and all later ones is the struct of the next one. A read finds its first bucket by
     counting where every bucket has a struct.
     """
-    if not len(run.owner) or series.distinct is not None or isinstance(series.windows[0], Rolling):
+    if not len(run.owner) or series.distinct is not None or isinstance(series.longest, Rolling):
         return run
     starts = np.flatnonzero(np.append(True, run.owner[1:] != run.owner[:-1]))
     sizes = np.diff(starts, append=len(run.owner))

@@ -144,6 +144,8 @@ class _Part:
         seen = set(compress(self._ids, store.noted(keys)))
         if loads is not None:
             seen.update(id_ for id_, load in zip(self._ids, store.read_many(keys), strict=True) if load == loads)
+        if not seen and len(set(self._ids)) == len(self._ids):
+            return fresh
         batch = self._batch
         order = np.lexsort((batch.sequence, np.maximum(batch.event_time_us, batch.known_at_us)))
         for row in order.tolist():
@@ -264,7 +266,7 @@ def removed(store: OnlineStore, plan: WindowPlan, expiries: Sequence[bytes]) -> 
 
 def sweeps(layout: Layout, newest_us: Int64s) -> Int64s:
     """Return the instants before which ids were looked through, for entities with these newest events."""
-    windows = {window for _, window in layout.cuts}
+    windows = {series.longest for series in layout.series}
     first = np.minimum.reduce([starts(window, newest_us) for window in windows])
     step = max(max(map(_length_us, windows)) // SWEEPS, 1)
     found: Int64s = np.maximum(first, NEVER_US + step) // step * step

@@ -66,11 +66,11 @@ class Measure:
 class Series:
     """A run of structs for each entity: the number of a bucket, then ``columns`` of int64 and float64.
 
-    ``windows``: those that read it, which number buckets alike. ``operands``: whose events the first columns count.
-    ``distinct``: instead of all that, the operand whose values stand here, each once.
+    ``longest``: of the windows that read it, which all number buckets alike. ``operands``: whose events the first
+    columns count. ``distinct``: instead of all that, the operand whose values stand here, each once.
     """
 
-    windows: tuple[Window, ...]
+    longest: Window
     operands: tuple[int, ...]
     measures: tuple[Measure, ...]
     dtypes: tuple[DType, ...]
@@ -128,7 +128,7 @@ class Layout:
         Not where strings stand behind them, or all of it is needed to hold a bound: two structs are to make one by
         arithmetic alone.
         """
-        longest = sum(max(map(_buckets, series.windows)) * series.width for series in self.series)
+        longest = sum(_buckets(series.longest) * series.width for series in self.series)
         coded = any(measure.coded for series in self.series for measure in series.measures)
         return not self.bounds and not coded and (8 * longest > LONG_BYTES or self.view.source is not None)
 
@@ -138,6 +138,11 @@ def _grain(window: Window) -> tuple[Any, ...]:
     if isinstance(window, Calendar):
         return "calendar", window.unit, window.zone
     return ("hopping", window.hop_us) if isinstance(window, Hopping) else ("rolling",)
+
+
+def _length(window: Window) -> int:
+    """Return what orders windows that number buckets alike."""
+    return window.n if isinstance(window, Calendar) else window.duration_us
 
 
 def _buckets(window: Window) -> int:
@@ -150,15 +155,13 @@ def _buckets(window: Window) -> int:
 class _Draft:
     """A series while the aggregates that read it are gathered."""
 
-    def __init__(self, distinct: int | None) -> None:
-        self.distinct = distinct
-        self.windows: list[Window] = []
+    def __init__(self, distinct: int | None, window: Window) -> None:
+        self.distinct, self.longest = distinct, window
         self.operands: list[int] = []
         self.aggregators: dict[tuple[str, int], Aggregator] = {}
 
     def add(self, function: str, operand: int, window: Window, type: Type | None) -> None:
-        if window not in self.windows:
-            self.windows.append(window)
+        self.longest = max(self.longest, window, key=_length)
         if self.distinct is None and operand not in self.operands:
             self.operands.append(operand)
         aggregator = AGGREGATES[function](type)
@@ -181,7 +184,7 @@ class _Draft:
             if not made_of:
                 kept.append(measure)
                 dtypes += aggregator.dtypes
-        return Series(tuple(self.windows), tuple(self.operands), (*kept,), (*dtypes,), self.distinct), measures
+        return Series(self.longest, tuple(self.operands), (*kept,), (*dtypes,), self.distinct), measures
 
 
 def _compile(view: FeatureView) -> tuple[Any, ...]:
@@ -192,7 +195,7 @@ def _compile(view: FeatureView) -> tuple[Any, ...]:
     for aggregate, operand in zip(view.aggregates, numbers, strict=True):
         distinct = operand if aggregate.function == DISTINCT_COUNT else None
         grains.append((distinct, *_grain(aggregate.over)))
-        draft = drafts.setdefault(grains[-1], _Draft(distinct))
+        draft = drafts.setdefault(grains[-1], _Draft(distinct, aggregate.over))
         draft.add(aggregate.function, operand, aggregate.over, operands[operand].type)
         if distinct is None and isinstance(aggregate.over, Rolling):
             draft.add(COUNT, 0, aggregate.over, None)  # max_events counts all

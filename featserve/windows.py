@@ -42,12 +42,13 @@ def periods(window: Window, time_us: Int64s) -> Int64s:
         return time_us
     if isinstance(window, Hopping):
         return time_us // window.hop_us
-    days = np.clip(time_us, LEAST_US, MOST_US) // DAY_US
+    time_us = np.clip(time_us, LEAST_US, MOST_US)
+    days = time_us // DAY_US
     numbers = np.empty(len(time_us), np.int64)
     for day in np.unique(days).tolist():
         first, begins = _periods_near(window, day)
         here = days == day
-        numbers[here] = first + np.searchsorted(begins, np.clip(time_us[here], LEAST_US, MOST_US), side="right")
+        numbers[here] = first + np.searchsorted(begins, time_us[here], side="right")
     return numbers
 
 
