@@ -19,15 +19,14 @@ import numpy as np
 from featserve.batch import EventBatch, Int64s, Pushed
 from featserve.checks import check_rows
 from featserve.codec import check_key_sizes, encode_keys
-from featserve.definitions import Calendar, Window
 from featserve.errors import InvalidRequest, invalid
 from featserve.folding import beyond, fold, reached, settled, unite
 from featserve.plan import PushPlan, WindowPlan
-from featserve.series import LONG_BYTES, Events, Layout, Pool, State, events_of
+from featserve.series import LONG_BYTES, Events, Layout, Pool, State, events_of, length_us
 from featserve.store import OnlineStore, Writes
 from featserve.turns import give_way
 from featserve.types import NEVER_US, Column, Mask
-from featserve.windows import DAY_US, starts
+from featserve.windows import starts
 
 Rows = dict[bytes, bytes | None]
 MAX_ID_BYTES = 31
@@ -268,15 +267,9 @@ def sweeps(layout: Layout, newest_us: Int64s) -> Int64s:
     """Return the instants before which ids were looked through, for entities with these newest events."""
     windows = {series.longest for series in layout.series}
     first = np.minimum.reduce([starts(window, newest_us) for window in windows])
-    step = max(max(map(_length_us, windows)) // SWEEPS, 1)
+    step = max(max(map(length_us, windows)) // SWEEPS, 1)
     found: Int64s = np.maximum(first, NEVER_US + step) // step * step
     return found
-
-
-def _length_us(window: Window) -> int:
-    if isinstance(window, Calendar):
-        return window.n * {"day": 1, "week": 7, "month": 30}[window.unit] * DAY_US
-    return window.duration_us
 
 
 def over(

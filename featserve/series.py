@@ -25,6 +25,7 @@ from featserve.batch import EventBatch, Int64s
 from featserve.definitions import Calendar, Expression, FeatureView, Hopping, Rolling, Window
 from featserve.definitions.expression import evaluate, type_of
 from featserve.types import NEVER_US, Array, Column, Mask, Type
+from featserve.windows import DAY_US
 
 COUNT = "count"
 MAX_WAITING = 10_000
@@ -140,9 +141,11 @@ def _grain(window: Window) -> tuple[Any, ...]:
     return ("hopping", window.hop_us) if isinstance(window, Hopping) else ("rolling",)
 
 
-def _length(window: Window) -> int:
-    """Return what orders windows that number buckets alike."""
-    return window.n if isinstance(window, Calendar) else window.duration_us
+def length_us(window: Window) -> int:
+    """Return about how long a window is, in microseconds: a month counts as 30 days."""
+    if isinstance(window, Calendar):
+        return window.n * {"day": 1, "week": 7, "month": 30}[window.unit] * DAY_US
+    return window.duration_us
 
 
 def _buckets(window: Window) -> int:
@@ -161,7 +164,7 @@ class _Draft:
         self.aggregators: dict[tuple[str, int], Aggregator] = {}
 
     def add(self, function: str, operand: int, window: Window, type: Type | None) -> None:
-        self.longest = max(self.longest, window, key=_length)
+        self.longest = max(self.longest, window, key=length_us)
         if self.distinct is None and operand not in self.operands:
             self.operands.append(operand)
         aggregator = AGGREGATES[function](type)
