@@ -143,6 +143,11 @@ def check_key_sizes(columns: Mapping[str, Column], first_row: int = 0) -> None:
                 )
 
 
+def event_time_us(row: bytes) -> int:
+    """Return the event time of one row, int64 microseconds."""
+    return int.from_bytes(row[8:16], "big") - 2**63
+
+
 class RowCodec:
     """Encodes and decodes the rows of one view version."""
 

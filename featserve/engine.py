@@ -53,11 +53,25 @@ def read(
     ``event_times``: also return them. ``stages``: note in them what the time is spent on. Raises CorruptRow,
     StoreError, TransformError, or InvalidRequest where a view over events no longer knows the instant.
     """
-    wanted = _encode(plan, keys)
+    asked = wanted(plan, keys)
     if stages is not None:
         stages.begin("store read")
-    found = store.read_many(wanted)
-    rows, schema = keys.count, plan.schema
+    found = store.read_many(asked)
+    return fill(plan, found, keys.count, now_us, request_columns, as_of, event_times, stages)
+
+
+def fill(
+    plan: ReadPlan,
+    found: list[bytes | None],
+    rows: int,
+    now_us: int,
+    request_columns: Mapping[str, Column] = NOTHING,
+    as_of: bool = False,
+    event_times: bool = False,
+    stages: Stages | None = None,
+) -> FeatureMatrix:
+    """Return what ``read`` does, from what the store has ``found`` of what is ``wanted`` for so many ``rows``."""
+    schema = plan.schema
     status = np.empty((rows, len(plan.views)), np.uint8)
     status.fill(1)  # Status.PRESENT
     answer = _Answer(
@@ -81,20 +95,20 @@ def read(
     return FeatureMatrix(schema, answer.values, columns, status, answer.valid, answer.times)
 
 
-def _encode(plan: ReadPlan, keys: EntityKeys | Integers) -> list[bytes]:
+def wanted(plan: ReadPlan, keys: EntityKeys | Integers) -> list[bytes]:
     """Return the store's keys, view by view; views of one entity share the encoding of its columns."""
     if isinstance(keys, EntityKeys):
         check_key_sizes(keys.columns)
     encoded: dict[tuple[str, ...], Callable[[bytes], list[bytes]]] = {}
-    wanted: list[bytes] = []
+    asked: list[bytes] = []
     for view in plan.views:
         under = encoded.get(view.keys)
         if under is None:
             under = encoded[view.keys] = _under(keys, view.keys)
-        wanted += under(view.prefix)
+        asked += under(view.prefix)
         if view.recent is not None:
-            wanted += under(view.recent)
-    return wanted
+            asked += under(view.recent)
+    return asked
 
 
 def _under(keys: EntityKeys | Integers, names: tuple[str, ...]) -> Callable[[bytes], list[bytes]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from threading import Lock
 from typing import Protocol
 
@@ -32,6 +32,8 @@ AGE_US = tuple(
     int(seconds * 1_000_000)
     for seconds in (0.01, 0.1, 1, 10, 60, 300, 1_800, 3_600, 21_600, 86_400, 259_200, 604_800, 2_592_000, 31_536_000)
 )
+MOST_NOTED = 512
+"""Requests that are noted before all are counted at once."""
 AGES_EVERY_NS = 100 * MS
 """How often the ages of an answer are looked at, at most: reading event times costs more than all else here."""
 
@@ -80,8 +82,8 @@ class Meter:
     def __init__(self, *, ages_every_ns: int = AGES_EVERY_NS, of_workers: bool = False) -> None:
         """``of_workers``: calls come from workers, which count them; what they wrote is counted here."""
         self.loads: list[Load] = []
-        self.durations: dict[tuple[str, str, str], Buckets] = {}
-        self.tallies: dict[str, Tally] = {}
+        self._durations: dict[tuple[str, str, str], Buckets] = {}
+        self._tallies: dict[str, Tally] = {}
         self.ages: dict[str, Buckets] = {}
         self.written: dict[str, list[int]] = {}
         self.pushed: dict[str, Counter[str]] = {}
@@ -90,6 +92,20 @@ class Meter:
         self._lock = Lock()
         self._ages_every_ns, self._of_workers = ages_every_ns, of_workers
         self._counted: dict[tuple[str, str, str], tuple[Buckets, Tally | None]] = {}
+        self._noted: dict[tuple[str, str], tuple[ReadPlan, list[int]]] = {}
+        """Nanoseconds that requests took for one row that was there, by method and hash of the service."""
+
+    @property
+    def durations(self) -> Mapping[tuple[str, str, str], Buckets]:
+        with self._lock:
+            self._count_noted()
+        return self._durations
+
+    @property
+    def tallies(self) -> Mapping[str, Tally]:
+        with self._lock:
+            self._count_noted()
+        return self._tallies
 
     def count(self, load: Load) -> None:
         """Sum a transport's calls up with those of others."""
@@ -116,24 +132,43 @@ class Meter:
                     self.ages_due_ns = begun_ns + self._ages_every_ns
                     self._add_ages(matrix, record.now_us)
 
-    def add_together(
-        self, method: str, plan: ReadPlan, matrix: FeatureMatrix, begun_ns: Iterable[int], ended_ns: int
-    ) -> None:
-        """Count requests, each of which was answered with some rows of ``matrix``."""
+    def add_together(self, method: str, plan: ReadPlan, matrix: FeatureMatrix | None, took_ns: Sequence[int]) -> None:
+        """Count requests that took so long, each of which was answered with some rows of ``matrix``.
+
+        None where each was for one row that was there and held no null. Of these the times alone are noted, and counted
+        when they are many.
+        """
         with self._lock:
+            if matrix is not None:
+                durations, tally = self._counters(method, "OK", plan)
+                durations.add_all(np.array(took_ns))
+                assert tally is not None
+                tally.add(matrix)
+                return
+            key = method, plan.schema.hash
+            noted = self._noted.get(key)
+            if noted is None:
+                noted = self._noted[key] = plan, []
+            noted[1].extend(took_ns)
+            if len(noted[1]) >= MOST_NOTED:
+                self._count_noted()
+
+    def _count_noted(self) -> None:
+        """Count what was noted, under the lock."""
+        for (method, _), (plan, took_ns) in self._noted.items():
             durations, tally = self._counters(method, "OK", plan)
-            for at_ns in begun_ns:
-                durations.add(ended_ns - at_ns)
             assert tally is not None
-            tally.add(matrix)
+            durations.add_all(np.array(took_ns, np.int64))
+            tally.rows += len(took_ns)
+            took_ns.clear()
 
     def _counters(self, method: str, code: str, plan: ReadPlan | None) -> tuple[Buckets, Tally | None]:
         """Return what counts the requests of a method, code and service."""
         key = method, "" if plan is None else plan.schema.hash, code
         found = self._counted.get(key)
         if found is None:
-            tally = None if plan is None else self.tallies.setdefault(plan.schema.hash, Tally(plan))
-            durations = self.durations[key] = Buckets(LATENCY_NS)
+            tally = None if plan is None else self._tallies.setdefault(plan.schema.hash, Tally(plan))
+            durations = self._durations[key] = Buckets(LATENCY_NS)
             found = self._counted[key] = durations, tally
         return found
 

@@ -171,11 +171,11 @@ class NativeServer:
         try:
             while self._take():
                 turns = list(islice(self._reads.values(), ANSWERED_AT_ONCE))
-                self._answer_together(turns)
-                for turn in turns:
-                    if turn.call_id in self._reads:
-                        self._answer(turn)
-                        del self._reads[turn.call_id]
+                if self._answer_together(turns) < len(turns):
+                    for turn in turns:
+                        if turn.call_id in self._reads:
+                            self._answer(turn)
+                            del self._reads[turn.call_id]
         except Exception as error:  # noqa: BLE001 - the top of a background loop
             self._fail(error)
 
@@ -257,26 +257,32 @@ class NativeServer:
             self._fail(error)
         self._writing = 0
 
-    def _answer_together(self, turns: Sequence[Turn]) -> None:
-        """Answer the calls among these that can share a read; the others stay among the reads."""
+    def _answer_together(self, turns: Sequence[Turn]) -> int:
+        """Answer the calls among these that can share a read, and return how many; the others stay among the reads."""
         now_ns, meter = perf_counter_ns(), self._telemetry.meter
         if meter is not None and now_ns >= meter.ages_due_ns:
             turns = turns[1:]  # the first is asked for event times, too, and so by itself
-        asking = [
-            turn for turn in turns if turn.method == GET_FEATURES and turn.trace is None and now_ns < turn.ends_ns
-        ]
-        for share in self._service.shares([turn.data for turn in asking]):
+        asking, requests = [], []
+        for call_id, method, data, _, taken_ns, ends_ns, trace in turns:
+            if method == GET_FEATURES and trace is None and now_ns < ends_ns:
+                asking.append((call_id, taken_ns))
+                requests.append(data)
+        answered = 0
+        for share in self._service.shares(requests):
             try:
                 matrix, answers = self._service.get_features_together(share)
             except Exception:  # noqa: BLE001 - the top of a request
                 continue  # alone, each says what is wrong with it
             for number, answer in zip(share.numbers, answers, strict=True):
-                call_id = asking[number].call_id
+                call_id, _ = asking[number]
                 self._respond(call_id, answer)
                 del self._reads[call_id]
+            answered += len(answers)
             if meter is not None:
-                taken_ns = [asking[number].taken_ns for number in share.numbers]
-                meter.add_together("GetFeatures", share.plan, matrix, taken_ns, perf_counter_ns())
+                ended_ns = perf_counter_ns()
+                took_ns = [ended_ns - asking[number][1] for number in share.numbers]
+                meter.add_together("GetFeatures", share.plan, matrix, took_ns)
+        return answered
 
     def _answer(self, turn: Turn) -> None:
         """Answer a call by itself."""

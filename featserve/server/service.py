@@ -101,10 +101,12 @@ class Service:
             self._sharing = Sharing(self.engine.plans, self._limits.max_rows)
         return self._sharing.shares(requests)
 
-    def get_features_together(self, share: Share) -> tuple[FeatureMatrix, list[bytes]]:
-        """Answer requests for one service with one read; an error of it is nobody's in particular."""
-        matrix = share.read(self.engine, self._clock_us())
-        return matrix, share.encode(matrix)
+    def get_features_together(self, share: Share) -> tuple[FeatureMatrix | None, list[bytes]]:
+        """Answer requests for one service with one read; an error of it is nobody's in particular.
+
+        Returns the features of all of them with the answers; None in their place where all are there and none is null.
+        """
+        return share.answer(self.engine, self._clock_us())
 
     def stream_features(self, data: bytes, call: Call) -> bytes:
         """Answer one message of a StreamFeatures call; an error is an answer, too."""

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from featserve._proto import serving_pb2 as pb
 from featserve.batch import EntityKeys, Integers
-from featserve.engine import Engine
+from featserve.codec import event_time_us
+from featserve.engine import Engine, fill, wanted
 from featserve.errors import FeatserveError
 from featserve.matrix import FeatureMatrix
 from featserve.plan import Plans, ReadPlan
@@ -21,23 +23,94 @@ TOGETHER_BYTES = 512
 """The largest request that shares a read: a hundred rows gain nothing by it, and hold the others up."""
 MOST_SEEN = 4_096
 """Requests that are known without parsing: some hundred bytes each."""
+MOST_KNOWN_BYTES = 64 << 20
+"""What the answers of a service that are known take at most, with the rows that they were made of."""
+KNOWN_BYTES = 400
+"""What such an answer takes beside these bytes: its objects, and its part of the dictionary."""
+
+Rows = tuple[bytes, ...]
+"""The stored rows that an answer is made of, one of each view."""
+
+
+class Known:
+    """Answers of one service to requests for one row, by the stored rows that they were made of, one of each view.
+
+    A stored row says the same to whoever asks for it, until it expires: so an answer is looked up once the store was
+    read, and is never older than that. Only rows that are all there, visible and without a null are known.
+    """
+
+    def __init__(self, ttls_us: Sequence[int | None]) -> None:
+        """``ttls_us``: that of each view."""
+        self._ttls_us = ttls_us
+        self._answers: dict[Rows, bytes] = {}
+        self._ends_us: dict[Rows, int] = {}
+        """The last instant at which each is right, where it expires."""
+        self._since_us = 0
+        self._held = 0
+
+    def get(self, rows: Sequence[Rows], now_us: int) -> list[bytes] | None:
+        """Return the answer for each; None where one is not known, or not known to be right now."""
+        answers = list(map(self._answers.get, rows))
+        if now_us < self._since_us or None in answers:
+            return None
+        if self._ends_us and min(map(self._ends_us.__getitem__, rows)) < now_us:
+            return None
+        return answers  # type: ignore[return-value]
+
+    def add(self, rows: Sequence[Rows], answers: Sequence[bytes], now_us: int) -> None:
+        """Take answers that are right now. Begin anew where they are too many, or the clock was put back."""
+        if self._held > MOST_KNOWN_BYTES or now_us < self._since_us:
+            self._answers, self._ends_us, self._held = {}, {}, 0
+        self._since_us = now_us
+        for of, answer in zip(rows, answers, strict=True):
+            self._answers[of] = answer
+            self._held += KNOWN_BYTES + len(answer) + sum(map(len, of))
+            timed = zip(of, self._ttls_us, strict=True)
+            ends_us = [event_time_us(row) + ttl_us for row, ttl_us in timed if ttl_us is not None]
+            if ends_us:
+                self._ends_us[of] = min(ends_us)
+
+
+class Asked:
+    """What is asked of a service: its plan, and what is ``known`` of it."""
+
+    def __init__(self, plan: ReadPlan) -> None:
+        self.plan = plan
+        # What windows say changes with time, and not only where a row does.
+        lasts = all(view.records is None for view in plan.views)
+        self.known = Known([view.ttl_us for view in plan.views]) if lasts else None
 
 
 @dataclass(slots=True)
 class Share:
     """Requests for one service: the number of each among all, and its keys."""
 
-    plan: ReadPlan
+    asked: Asked
     numbers: list[int]
     keys: list[EntityKeys | Integers]
 
-    def read(self, engine: Engine, now_us: int) -> FeatureMatrix:
-        """Return the features of all of them, one after the other; raises as ``Engine.read`` does."""
-        return engine.read(self.plan, join_keys(self.keys), now_us)
+    @property
+    def plan(self) -> ReadPlan:
+        return self.asked.plan
 
-    def encode(self, matrix: FeatureMatrix) -> list[bytes]:
-        """Return the answer of each, from what was read."""
-        return encode_parts(matrix, [keys.count for keys in self.keys])
+    def answer(self, engine: Engine, now_us: int) -> tuple[FeatureMatrix | None, list[bytes]]:
+        """Return the features of all of them, one after the other, and the answer of each; raises as ``read`` does.
+
+        None in the place of features that are all there and hold no null.
+        """
+        plan, known, requests = self.asked.plan, self.asked.known, len(self.numbers)
+        keys = join_keys(self.keys)
+        found = engine.store.read_many(wanted(plan, keys))
+        rows: list[Any] | None = None
+        if known is not None and keys.count == requests:
+            rows = list(zip(*(found[at : at + requests] for at in range(0, len(found), requests)), strict=True))
+            if (answers := known.get(rows, now_us)) is not None:
+                return None, answers
+        matrix = fill(plan, found, keys.count, now_us)
+        answers = encode_parts(matrix, [of.count for of in self.keys])
+        if known is not None and rows is not None and matrix.valid is None:
+            known.add(rows, answers, now_us)
+        return matrix, answers
 
 
 class Sharing:
@@ -50,56 +123,60 @@ class Sharing:
 
     def __init__(self, plans: Plans, max_rows: int) -> None:
         self.plans, self._max_rows = plans, max_rows
-        self._seen: dict[int, tuple[int, dict[bytes, tuple[ReadPlan, int]]]] = {}
+        self._asked: dict[str, Asked] = {}
+        """By the hash of the service."""
+        self._seen: dict[int, tuple[int, dict[bytes, tuple[Asked, int]]]] = {}
         """By the length of requests: how many bytes come before the values, and what was asked for, by those."""
         self._left = MOST_SEEN
 
     def shares(self, requests: Sequence[bytes]) -> list[Share]:
         """Return the shares of requests."""
         shares: list[Share] = []
-        joined: dict[str, Share] = {}
+        joined: dict[Asked, Share] = {}
         for number, data in enumerate(requests):
-            try:
-                asked = self._asked(data)
-            except FeatserveError:
+            seen = self._look_up(data)
+            if seen is None:
                 continue
-            if asked is None:
-                continue
-            plan, keys = asked
-            small = len(data) <= TOGETHER_BYTES
-            share = joined.get(plan.schema.hash) if small else None
-            if share is not None:
-                share.numbers.append(number)
-                share.keys.append(keys)
-                continue
-            shares.append(share := Share(plan, [number], [keys]))
-            if small:
-                joined[plan.schema.hash] = share
+            asked, keys = seen
+            share = joined.get(asked)
+            if share is None or len(data) > TOGETHER_BYTES:
+                shares.append(share := Share(asked, [], []))
+                if len(data) <= TOGETHER_BYTES:
+                    joined[asked] = share
+            share.numbers.append(number)
+            share.keys.append(keys)
         return shares
 
-    def _asked(self, data: bytes) -> tuple[ReadPlan, EntityKeys | Integers] | None:
-        """Return what a request asks for: a plan, and keys. None where it is to be answered alone."""
+    def _look_up(self, data: bytes) -> tuple[Asked, EntityKeys | Integers] | None:
+        """Return what a request asks for, and its keys. None where it is to be answered alone."""
         if (known := self._seen.get(len(data))) is not None:
             size, heads = known
             if (seen := heads.get(data[:size])) is not None:
-                plan, rows = seen
-                return plan, Integers(data[size:], rows)
+                return seen[0], Integers(data[size:], seen[1])
+        try:
+            return self._parse(data)
+        except FeatserveError:
+            return None
+
+    def _parse(self, data: bytes) -> tuple[Asked, EntityKeys | Integers] | None:
         request = parse(pb.GetFeaturesRequest, data)
         plan = self.plans.service(request.service)
         if plan.steps or _asks_more(request):
             return None
+        if (asked := self._asked.get(plan.schema.hash)) is None:
+            asked = self._asked[plan.schema.hash] = Asked(plan)
         expected = plan.schema.keys
         key = integer_key(expected)
         if key is None:
-            return plan, decode_keys(request.keys, expected, self._max_rows)
+            return asked, decode_keys(request.keys, expected, self._max_rows)
         keys = plain_integers(request.keys, next(iter(expected)), key, self._max_rows)
         if keys is None:
             return None
         if self._left:
-            self._remember(data, request, plan, keys)
-        return plan, keys
+            self._remember(data, request, asked, keys)
+        return asked, keys
 
-    def _remember(self, data: bytes, request: pb.GetFeaturesRequest, plan: ReadPlan, keys: Integers) -> None:
+    def _remember(self, data: bytes, request: pb.GetFeaturesRequest, asked: Asked, keys: Integers) -> None:
         """Note what a request asks for, where the values of its key are the end of it."""
         request.DiscardUnknownFields()
         if request.SerializeToString() != data:
@@ -107,7 +184,7 @@ class Sharing:
         size = len(data) - len(keys.raw)
         known, heads = self._seen.setdefault(len(data), (size, {}))
         if known == size:
-            heads[data[:size]] = plan, keys.count
+            heads[data[:size]] = asked, keys.count
             self._left -= 1
 
 

@@ -24,6 +24,7 @@ from featserve.config import load_config
 from featserve.matrix import FeatureMatrix, Status
 from featserve.plan import ReadPlan, compile_service
 from featserve.project import load_definitions
+from featserve.server import meter as meter_module
 from featserve.server.meter import AGE_US, LATENCY_NS, Buckets, Meter
 from featserve.server.service import Call, Record
 from featserve.server.tally import Tally
@@ -374,8 +375,7 @@ def test_requests_that_share_a_read_are_counted_as_if_alone(
     for _ in range(20):
         matrix = random_matrix(plan, rng, plain=False)
         times_ns = rng.integers(1, 10**9, len(matrix)).tolist()
-        ended_ns = 10**10
-        shared.add_together("GetFeatures", plan, matrix, [ended_ns - time_ns for time_ns in times_ns], ended_ns)
+        shared.add_together("GetFeatures", plan, matrix, times_ns)
         for row, time_ns in enumerate(times_ns):
             record = Record()
             record.plan, record.matrix = plan, matrix.part(row, row + 1)
@@ -385,6 +385,31 @@ def test_requests_that_share_a_read_are_counted_as_if_alone(
     assert shared.durations[key].counts == alone.durations[key].counts
     one, many = (meter.tallies[plan.schema.hash] for meter in (alone, shared))
     assert (one.rows, one.not_found, one.expired, one.nulls) == (many.rows, many.not_found, many.expired, many.nulls)
+
+
+def test_what_is_noted_is_counted_when_it_is_looked_at(
+    plans: dict[str, ReadPlan], monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    """Requests for one row that was there are counted as if alone, however many are noted before somebody looks."""
+    monkeypatch.setattr(meter_module, "MOST_NOTED", 50)
+    shared, alone = Meter(), Meter()
+    for _ in range(200):
+        plan = plans[("wide", "compact")[rng.integers(2)]]
+        times_ns = rng.integers(1, 10**9, rng.integers(1, 17)).tolist()
+        shared.add_together("GetFeatures", plan, None, times_ns)
+        status = np.full((1, len(plan.views)), Status.PRESENT, np.uint8)
+        for time_ns in times_ns:
+            record = Record()
+            record.plan = plan
+            record.matrix = FeatureMatrix(plan.schema, np.zeros((1, plan.schema.width)), (), status, None, None)
+            alone.add("GetFeatures", "OK", 5, 5 + time_ns, record)
+        if rng.random() < 0.05:
+            assert {hash: tally.rows for hash, tally in shared.tallies.items()} == {
+                hash: tally.rows for hash, tally in alone.tallies.items()
+            }
+    counts, expected = ({key: (b.counts, b.sum) for key, b in m.durations.items()} for m in (shared, alone))
+    assert counts == expected
+    assert len(counts) == 2
 
 
 def test_ages_are_those_of_the_rows_that_were_served(plans: dict[str, ReadPlan], rng: np.random.Generator) -> None:

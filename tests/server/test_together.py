@@ -12,16 +12,19 @@ import pytest
 
 import featserve
 from featserve._proto import serving_pb2 as pb
+from featserve.engine import fill
 from featserve.errors import CorruptRow, DeadlineExceeded, FeatserveError
 from featserve.server import together as together_module
 from featserve.server.service import READS, WRITES, Call, Limits, Service
-from featserve.server.together import TOGETHER_BYTES, Sharing
+from featserve.server.together import MOST_KNOWN_BYTES, TOGETHER_BYTES, Known, Sharing
 from tests.server.messages import activity, now_us, numbers, packed, ranking, read_error, texts, weather, wide
 from tests.serving import DAMAGED, Project, Server
 
 pytest_plugins = ["tests.served"]
 
 PAST_US = 1_700_000_000_000_000
+TTL_US = 3_600_000_000
+"""That of activity."""
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +137,58 @@ def test_what_is_remembered_of_requests_is_bounded(service: Service, monkeypatch
         (share,) = sharing.shares([wide(*range(rows)).SerializeToString()])
         assert [keys.count for keys in share.keys] == [rows]
     assert sum(len(heads) for _, heads in sharing._seen.values()) == len(sharing._seen) == 3
+
+
+def test_what_is_known_of_a_row_is_what_it_says_now(
+    service: Service, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    """One row asked for over and over, while rows are written and expire and the clock goes both ways: never of before.
+
+    It is often looked up.
+    """
+    monkeypatch.setattr(together_module, "MOST_KNOWN_BYTES", 20_000)
+    started_us = clock_us = now_us() + 60_000_000
+    moving = Service(service.engine, Limits(10_000, 60_000_000), lambda: clock_us)
+    made = list[int]()
+
+    def counted(*arguments: Any) -> Any:
+        made.append(1)
+        return fill(*arguments)
+
+    monkeypatch.setattr(together_module, "fill", counted)
+
+    def write(request: pb.WriteRowsRequest) -> None:
+        moving.write_rows(request.SerializeToString(), Call())
+
+    write(numbers(range(5), 0.5, started_us - TTL_US))
+    written_us = [started_us]
+    for _ in range(600):
+        step = rng.random()
+        if step < 0.05:
+            write(numbers([int(rng.integers(5))], float(rng.integers(9)), clock_us))
+        elif step < 0.2:
+            written_us.append(clock_us - int(rng.integers(0, TTL_US // 4)))
+            write(activity(int(rng.integers(5)), written_us[-1]))
+        elif step < 0.23:
+            clock_us = int(rng.choice(written_us)) + TTL_US + int(rng.integers(-1, 2))
+        elif step < 0.26:
+            clock_us += int(rng.integers(-TTL_US, 2 * TTL_US))
+        else:
+            clock_us += 1_000
+        make = (wide, ranking)[rng.integers(2)]
+        requests = [make(int(user)) for user in rng.integers(0, 5, rng.integers(1, 5))]
+        assert together(moving, *requests) == [alone(moving, request) for request in requests]
+    assert 0 < len(made) < 580
+
+
+def test_what_is_known_is_bounded(rng: np.random.Generator) -> None:
+    """However many rows are asked for once, what is known of them takes no more than so much; the last are known."""
+    known = Known([None, TTL_US])
+    for i in range(300):
+        rows = [(rng.bytes(400_000), rng.bytes(40)) for _ in range(rng.integers(1, 5))]
+        known.add(rows, [rng.bytes(200) for _ in rows], i)
+        assert sum(len(row) for of in known._answers for row in of) <= MOST_KNOWN_BYTES + 4 * 400_040
+        assert known._answers.keys() == known._ends_us.keys() >= set(rows)
 
 
 def test_one_service_is_read_once(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
