@@ -64,10 +64,10 @@ def machine() -> dict[str, Any]:
     """Return what the figures depend on beside the code."""
     cpus = [line for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")]
     memory = _read("/proc/meminfo").splitlines()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     return {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip(),
+        "commit": _git("rev-parse", "HEAD"),
+        "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "cpu": cpus[0].partition(":")[2].strip() if cpus else platform.processor(),
         "cpus": os.cpu_count(),
         "memory": memory[0].partition(":")[2].strip() if memory else "",
@@ -76,6 +76,16 @@ def machine() -> dict[str, Any]:
         "load_average": os.getloadavg(),
         "packages": {name: version(name) for name in PACKAGES},
     }
+
+
+def commit_of(machine: dict[str, Any]) -> str:
+    """Return the commit that was measured, in nine digits, and whether files had been changed since it."""
+    return f"{machine['commit'][:9] or 'unknown'}{', with changes' if machine.get('changed') else ''}"
+
+
+def _git(*arguments: str) -> str:
+    ran = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    return ran.stdout.strip()
 
 
 def _read(path: str) -> str:
@@ -101,11 +111,12 @@ def kept_results(path: Path = RESULTS) -> list[dict[str, Any]]:
 
 
 def show_kept(path: Path = RESULTS) -> None:
-    """Print what each benchmark measured last, and when, of which commit, and on how busy a machine."""
+    """Print what each benchmark measured last, and when, of which commit, on which machine, and how busy that was."""
     for entry in kept_results(path):
         machine = entry["machine"]
         told = (
-            f"{machine['at'][:16]} UTC, commit {machine['commit'][:9]}, load average {machine['load_average'][0]:.1f}"
+            f"{machine['at'][:16]} UTC, commit {commit_of(machine)}; {machine['cpus']} CPUs, {machine['cpu']}, "
+            f"{machine['system']}, Python {machine['python']}; load average {machine['load_average'][0]:.1f}"
         )
         figures = [{key: value for key, value in figure.items() if key != "verdict"} for figure in entry["figures"]]
         show(f"{entry['title']}\n  ({told})", [Figure(**figure) for figure in figures])

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import counts, h2load, load, overload, project, servers
+from bench import counts, h2load, load, overload, project, report, servers
 from bench.peers import page, rows, targets
 from bench.peers.rounds import KEYS, Cell, Cells, Length
 from bench.peers.systems import Client
@@ -175,3 +175,14 @@ def test_ratios_and_page_come_from_the_cells(tmp_path: Path) -> None:
     assert "**Not measured: Feast, HTTP.** no such package" in text
     assert "commit 0123abcde, on 2 CPUs" in text
     assert (tmp_path / page.PLOT).stat().st_size > 1_000
+
+
+def test_what_is_kept_names_its_commit_and_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is shown later of a benchmark says when it ran, of which commit and with what changes, and where."""
+    path, machine = tmp_path / "latest.json", report.machine()
+    for changed, told in ((True, ", with changes;"), (False, ";")):
+        report.keep("one", "One", [report.Figure("rate", 5.0, "req/s", 4.0)], machine | {"changed": changed}, path)
+        report.show_kept(path)
+        shown = capsys.readouterr().out
+        assert f"{machine['at'][:16]} UTC, commit {machine['commit'][:9]}{told} {machine['cpus']} CPUs, " in shown
+        assert re.search(r"rate +5\.00 req/s +>= 4\.00 +PASS", shown)
