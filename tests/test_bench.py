@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from bench import counts, h2load, load, overload, project, report, servers
+from bench.peers import __main__ as peers
 from bench.peers import page, rows, targets
 from bench.peers.rounds import KEYS, Cell, Cells, Length
 from bench.peers.systems import Client
@@ -83,6 +85,14 @@ def test_a_client_takes_orders(folder: Path, address: str) -> None:
         assert len(client.tell(order | {"calls": 10**9, "patience_s": 0.2})["taken_ns"]) < 10_000
     finally:
         client.close()
+
+
+@pytest.mark.skipif(shutil.which("redis-server") is None, reason="there is no redis-server")
+def test_versions_tell_the_server_from_its_client() -> None:
+    """The version of the Redis that is asked stands beside those of packages, of which redis-py is its client."""
+    told = peers.versions()
+    assert {"feast", "redis-py", "redis-server"} <= told.keys()
+    assert all(re.match(r"\d+\.\d+", version) for version in told.values())
 
 
 def test_redis_commands_hold_their_rows() -> None:
