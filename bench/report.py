@@ -10,8 +10,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
+from math import isnan, nan
 from pathlib import Path
 from typing import Any
+
+from featserve.load_test.histogram import Histogram, samples_needed
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "latest.json"
@@ -42,7 +45,8 @@ def show(title: str, figures: Sequence[Figure]) -> None:
     rows = [("", "measured", "target", "", "")]
     for f in figures:
         target = "" if f.target is None else f"{'<=' if f.at_most else '>='} {number(f.target)}"
-        rows.append((f.name, f"{number(f.value)} {f.unit}", target, f.verdict, f.note))
+        value = "not told" if isnan(f.value) else f"{number(f.value)} {f.unit}"
+        rows.append((f.name, value, target, f.verdict, f.note))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     print(f"\n{title}")
     for name, value, *rest in rows:
@@ -58,6 +62,17 @@ def number(value: float) -> str:
     """Return a number with three digits that say something, or all that stand before the point."""
     digits = next((digits for digits, least in enumerate((100, 10, 1)) if abs(value) >= least), 3 if value else 0)
     return f"{value:,.{digits}f}"
+
+
+def told_p99(p99: float, samples: int) -> float:
+    """Return a p99, or NaN, which reads "not told" and meets no target, where it is of too few samples."""
+    return p99 if samples >= samples_needed(0.99) else nan
+
+
+def p99_us(latency: Histogram) -> float:
+    """Return the p99 in microseconds, NaN as ``told_p99`` does."""
+    told_ns = latency.told_ns(0.99)
+    return nan if told_ns is None else told_ns / 1e3
 
 
 def machine() -> dict[str, Any]:

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 import featserve
 from bench import load, servers
-from bench.report import ROOT, Figure, number
+from bench.report import ROOT, Figure, number, p99_us
 from bench.servers import Server
 from featserve._proto import serving_pb2 as pb
 from featserve.batch import Arrival, EntityKeys, Int64s
@@ -222,7 +222,7 @@ def beside_pushes(server: Server, other: Server) -> list[Figure]:
             if to is server:
                 pushed.append(events_per_s)
     alone, beside, busy = (_all(rounds) for rounds in found.values())
-    p99s = [total.latency.quantile_ns(0.99) / 1e3 for total in (alone, beside, busy)]
+    p99s = [p99_us(total.latency) for total in (alone, beside, busy)]
     errors = sum((total.errors for total in (alone, beside, busy)), Counter[str]())
     return [
         Figure("events pushed", min(pushed), "events/s", 0.98 * PUSHED_PER_S),

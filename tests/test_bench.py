@@ -16,6 +16,7 @@ from bench.peers import __main__ as peers
 from bench.peers import page, rows, targets
 from bench.peers.rounds import KEYS, Cell, Cells, Length
 from bench.peers.systems import Client
+from featserve.load_test import Histogram
 
 ENTITIES = 2_000
 
@@ -196,3 +197,15 @@ def test_what_is_kept_names_its_commit_and_machine(tmp_path: Path, capsys: pytes
         shown = capsys.readouterr().out
         assert f"{machine['at'][:16]} UTC, commit {machine['commit'][:9]}{told} {machine['cpus']} CPUs, " in shown
         assert re.search(r"rate +5\.00 req/s +>= 4\.00 +PASS", shown)
+
+
+def test_a_tail_of_few_samples_is_not_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """A p99 of fewer than 10,000 samples is shown as not told, and meets no target."""
+    latency = Histogram()
+    for _ in range(9_999):
+        latency.record(1_000)
+    assert np.isnan([report.p99_us(latency), report.told_p99(1.0, latency.count)]).all()
+    report.show("Tail", [report.Figure("p99", report.p99_us(latency), "us", 2.0, at_most=True)])
+    assert re.search(r"p99 +not told +<= 2\.00 +MISS", capsys.readouterr().out)
+    latency.record(1_000)
+    assert [report.p99_us(latency), report.told_p99(1.0, latency.count)] == pytest.approx([1.0, 1.0], rel=0.01)
