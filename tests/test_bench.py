@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,19 @@ def test_load_is_answered(address: str) -> None:
         assert 0 < len(loaded.taken_us) < loaded.ended <= loaded.started
         assert loaded.answered(answer_bytes) == pytest.approx(loaded.ended, abs=3)
     assert loaded.started == pytest.approx(100, abs=20)
+
+
+def test_requests_that_end_are_all_answered(address: str) -> None:
+    """Connections that have come to the end of their messages have all answers, and can be given others."""
+    messages = load.bodies(10, ENTITIES, 1)
+    opened = [load.Http2Connection(address, iter(())) for _ in range(3)]
+    for count in (2, 7):
+        asked = islice(messages, count)
+        for connection in opened:
+            connection.messages = asked
+        assert load.keep_busy(opened, lambda answered, _, count=count: answered >= count) > 0  # type: ignore[misc]
+    assert sum(len(connection.latencies_s) for connection in opened) == 9
+    assert load.drive(opened, lambda answered, _: answered >= 0) > 0
 
 
 @pytest.mark.parametrize("address", ["max_concurrent = 1\n"], indirect=True)
