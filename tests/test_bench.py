@@ -6,7 +6,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 
 import numpy as np
@@ -48,10 +48,10 @@ def test_load_is_answered(address: str) -> None:
     assert 0 < measured.p50_us <= measured.p99_us
     body = next(load.bodies(10, ENTITIES, 1))
     answer_bytes = overload.bytes_of_answer(address, body)
-    for rate in (None, 100.0):
-        loaded = h2load.run(address, body, seconds=0.5, warm_up_s=0.5, connections=3, rate=rate)
+    for rate, calls in ((None, 1), (None, 4), (100.0, 1)):
+        loaded = h2load.run(address, body, seconds=0.5, warm_up_s=0.5, connections=3, calls=calls, rate=rate)
         assert 0 < len(loaded.taken_us) < loaded.ended <= loaded.started
-        assert loaded.answered(answer_bytes) == pytest.approx(loaded.ended, abs=3)
+        assert loaded.answered(answer_bytes) == pytest.approx(loaded.ended, abs=3 * calls)
     assert loaded.started == pytest.approx(100, abs=20)
 
 
@@ -79,13 +79,24 @@ def test_refusals_are_told_from_answers(address: str) -> None:
         h2load.run("127.0.0.1:1", body, seconds=0.1)
 
 
+def test_a_wait_in_the_client_counts_since_a_call_was_due() -> None:
+    """Of 10 a second the n-th is due n tenths after the first: what is sent later has waited, what is early has not.
+
+    What was sent is what ended and what can be under way, of what was started.
+    """
+    sent_us = np.array([0, 900_000, 150_000, 190_000])
+    loaded = h2load.Loaded(1.0, np.full(4, 5), sent_us, started=10, ended=4, message_bytes=0)
+    assert loaded.since_due_us(10.0).tolist() == pytest.approx([5, 600_005, 50_005, 5])
+    assert [loaded.sent(at_once) for at_once in (3, 100)] == [7, 10]
+
+
 def test_a_tail_is_bounded_without_knowing_whose_it_is() -> None:
-    """The p99 of any part of some latencies is at most what is told, and that is the p99 of the slowest ones."""
+    """A quantile of any part of some latencies is at most what is told, and that is the one of the slowest."""
     taken = np.random.default_rng(1).permutation(10_000)
-    for of in (99, 1_000, 10_000):
-        bound = h2load.p99_at_most(taken, of)
-        assert np.percentile(np.sort(taken)[-of:], 99, method="inverted_cdf") == bound
-        assert np.percentile(taken[:of], 99, method="inverted_cdf") <= bound
+    for of, quantile in product((99, 1_000, 10_000), (0.9, 0.99)):
+        bound = h2load.at_most(taken, of, quantile)
+        assert np.quantile(np.sort(taken)[-of:], quantile, method="inverted_cdf") == bound
+        assert np.quantile(taken[:of], quantile, method="inverted_cdf") <= bound
 
 
 def test_a_client_takes_orders(folder: Path, address: str) -> None:
