@@ -55,6 +55,8 @@ TARGET = 0.5
 PUSHED_PER_S, MESSAGE_EVENTS = 20_000, 1_000
 READS_PER_S, TURNS, TURN_S = 200.0, 11, 5.0
 """Reads beside pushes: enough for a p99 though they arrive at random."""
+STARTING_S = 4.0
+"""How much longer pushes take than the reads beside them, which start after them."""
 WORKERS = (2, 1)
 
 DEFINITIONS = """
@@ -274,9 +276,10 @@ def beside_pushes(told: str, server: Server, other: Server) -> list[Figure]:
     """
     found: dict[Server | None, list[Round]] = {None: [], other: [], server: []}
     pushed: list[float] = []
+    early = 0
     for turn in range(TURNS + 1):
         if turn == 1:  # the first one warmed up
-            found, pushed = {to: [] for to in found}, []
+            found, pushed, early = {to: [] for to in found}, [], 0
         for to, rounds in found.items():
             reads = Reads("hopping", ("account_id",), (Range("account_id", Int64, 0, ENTITIES - 1),))
             test = LoadTest(
@@ -286,8 +289,9 @@ def beside_pushes(told: str, server: Server, other: Server) -> list[Figure]:
             if to is None:
                 rounds += [point.total() for point in run(test, clock_us()).points]
                 continue
-            with pushing_process(to, TURN_S + 2) as process:
+            with pushing_process(to, TURN_S + STARTING_S) as process:
                 rounds += [point.total() for point in run(test, clock_us()).points]
+                early += process.poll() is not None
                 events_per_s = float(process.communicate()[0])
             if to is server:
                 pushed.append(events_per_s)
@@ -302,6 +306,7 @@ def beside_pushes(told: str, server: Server, other: Server) -> list[Figure]:
         Figure("  p99 alone", p99s[0], "us", note=f"{alone.latency.count:,} requests"),
         Figure("  p99 while pushing", p99s[2], "us", note=f"{busy.latency.count:,} requests, p50 {number(p50_us)} us"),
         Figure("  errors", errors.total(), "", 0, at_most=True, note=", ".join(errors)),
+        Figure("  turns in which pushes ended before reads did", early, "", 0, at_most=True),
     ]
 
 
@@ -322,9 +327,15 @@ def processor_time(server: Server) -> Figure:
 
 
 def pushing_process(server: Server, seconds: float) -> subprocess.Popen[str]:
-    """Start a process that pushes, so that what it takes is not the server's; it prints how many events came in."""
+    """Start a process that pushes, so that what it takes is not the server's; it prints how many events came in.
+
+    It has begun to push by then.
+    """
     command = [sys.executable, "-m", "bench.windows", server.address, str(PUSHED_PER_S), str(seconds)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
 
 
 def _all(rounds: list[Round]) -> Round:
@@ -332,12 +343,13 @@ def _all(rounds: list[Round]) -> Round:
 
 
 def push(address: str, events_per_s: float, seconds: float) -> float:
-    """Push events of random entities at a pace, on one stream; return how many a second the server took."""
+    """Push events of random entities at a pace, on one stream; print when it begins, return how many a second count."""
     os.nice(BACKGROUND)
     random = np.random.default_rng(int(time.time()))
     ids = time.time_ns() >> 8
 
     def messages() -> Iterator[pb.PushEventsRequest]:
+        print("pushing", flush=True)
         began = time.perf_counter()
         for i in range(int(seconds * events_per_s / MESSAGE_EVENTS)):
             time.sleep(max(0.0, began + i * MESSAGE_EVENTS / events_per_s - time.perf_counter()))
