@@ -18,7 +18,7 @@ from featserve.batch import Int64s
 from featserve.codec import RowCodec, Rows
 from featserve.folding import joined
 from featserve.series import Layout
-from featserve.types import Array, Column, Mask, gather
+from featserve.types import NEVER_US, Array, Column, Mask, gather
 
 ROW_BYTES = 300
 """What a row that is kept takes beside its record: its bytes, two ids and its part of the dictionary."""
@@ -29,6 +29,26 @@ class Strings(NamedTuple):
 
     data: Array
     starts: Int64s
+
+
+NO_STRINGS = Strings(np.zeros(0, np.uint8), np.zeros(0, np.int64))
+
+
+class Cut(NamedTuple):
+    """What the windows of one instant need of n records: ``exact`` and ``newest`` as in ``State``, of shape (n,).
+
+    ``held``: how many structs each cut holds, shape (cuts, n). ``words``: of the first of them, zero where there is
+    none, shape (words, n).
+    """
+
+    exact: Int64s
+    newest: Int64s
+    held: Int64s
+    words: Int64s
+
+    def part(self, rows: slice) -> Cut:
+        """Return that of some of the records."""
+        return Cut(*(array[..., rows] for array in self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +113,20 @@ class Finals:
                 words[i] = to_words(part)
         return words
 
-    def rows(self, words: Int64s, held: Int64s, event_time_us: Int64s, known_at_us: Int64s, strings: Strings) -> Rows:
-        """Return the rows of n entities.
+    def both(self, whole: Cut, late: Cut | None, split: Int64s) -> Cut:
+        """Return what windows need of entities of which some, at ``split``, have a recent part, too: ``late``."""
+        if late is None or not len(split):
+            return whole
+        exact, newest, words = whole.exact.copy(), whole.newest.copy(), whole.words.copy()
+        exact[split] = np.maximum(exact[split], late.exact)
+        newest[split] = np.maximum(newest[split], late.newest)
+        words[:, split] = self.merged(words[:, split], late.words)
+        return Cut(exact, newest, whole.held, words)
 
-        ``words``: of shape (words, n), zero where no struct is. ``held``: how many structs each cut holds, shape
-        (cuts, n). ``event_time_us``, ``known_at_us``: the times of each row, of shape (n,).
-        """
+    def rows(self, cut: Cut, earliest_us: Int64s, strings: Strings) -> Rows:
+        """Return the rows of n entities. ``earliest_us``: where the first window of each begins, shape (n,) or (1,)."""
+        words, held = cut.words, cut.held
+        event_time_us, known_at_us = np.where(cut.newest < earliest_us, NEVER_US, cut.newest), cut.exact
         codec = self._rows
         fixed = np.empty(len(event_time_us), codec.dtype)
         texts: dict[str, Column] = {}
@@ -120,14 +148,15 @@ class Finals:
 
 
 class Made:
-    """Rows that were made of records, each with its recent part, by the ids of both.
+    """Rows that were made of records, each with its recent part, by the ids of both, and what was cut out of records.
 
-    The records are not let go of before their rows. So what is where a record was in memory is that record, and no read
-    has to look at what is in it. ``held``: what all of it takes, in bytes.
+    The records are not let go of before that. So what is where a record was in memory is that record, and no read has
+    to look at what is in it. ``held``: what all of it takes, in bytes.
     """
 
     def __init__(self) -> None:
         self._rows: dict[tuple[int, int], bytes] = {}
+        self._cuts: dict[int, bytes] = {}
         self._records: list[bytes | None] = []
         self.held = 0
 
@@ -143,11 +172,24 @@ class Made:
         rows: Sequence[bytes],
     ) -> None:
         """Take the rows of records with their recent parts, whose ids are ``pairs``."""
-        for parts in (records, recent):
-            self._records += parts
-            self.held += sum(map(len, filter(None, parts)))
+        self._hold([record for record in records if id(record) not in self._cuts])
+        self._hold(recent)
         self.held += ROW_BYTES * len(rows)
         self._rows.update(zip(pairs, rows, strict=True))
+
+    def cuts(self, records: Sequence[bytes]) -> list[bytes | None]:
+        """Return what was cut out of each record, None where it is not here."""
+        return list(map(self._cuts.get, map(id, records)))
+
+    def add_cuts(self, records: Sequence[bytes], cuts: Sequence[bytes]) -> None:
+        """Take what was cut out of records."""
+        self._hold(records)
+        self.held += ROW_BYTES * len(records)
+        self._cuts.update(zip(map(id, records), cuts, strict=True))
+
+    def _hold(self, records: Sequence[bytes | None]) -> None:
+        self._records += records
+        self.held += sum(map(len, filter(None, records)))
 
 
 def from_words(words: Int64s, dtype: DType) -> Array:

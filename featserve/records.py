@@ -21,6 +21,7 @@ the two. Rows are kept, and served again, until a first bucket moves on. Knows n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -30,10 +31,10 @@ from featserve.batch import Int64s
 from featserve.codec import MAGIC, MAX_ROW_BYTES, VERSION, RowCodec, Rows
 from featserve.definitions import FeatureView, Rolling
 from featserve.errors import CorruptRow, InvalidRequest, TooLarge, invalid
-from featserve.finals import Finals, Made, Strings, from_words, to_words
+from featserve.finals import NO_STRINGS, Cut, Finals, Made, Strings, from_words, to_words
 from featserve.folding import filled, fold
 from featserve.series import Events, Layout, Measure, Pool, Run, Series, State, value_dtype
-from featserve.types import NEVER_US, Array, Mask, from_us
+from featserve.types import Array, Mask, from_us
 from featserve.windows import first_period, first_periods, starts
 
 KIND = 2
@@ -98,6 +99,8 @@ class RecordCodec:
         rolls = any(isinstance(window, Rolling) for _, window in self.layout.cuts)
         self._lasting = not (rolls or self.rows.variable)
         """Whether rows are kept with the first buckets: not where those are others each microsecond."""
+        self._cuts = self._lasting and self.layout.in_parts and self.layout.long
+        """Whether what windows need of records is kept, too: where they are long, and pushes leave them as they are."""
         self.empty = self.encode(State.empty(self.layout, 1), Pool())[0]
         """The record of an entity without an event."""
 
@@ -149,12 +152,10 @@ class RecordCodec:
         now_us: int,
         as_of: bool,
     ) -> Rows:
-        """Return what ``_read`` does, and keep it if it lasts; where too much is held by then, the next begin anew."""
+        """Return what ``_read`` does, and keep it if it lasts."""
         fresh, lasts = self._read(records, recent, now_us, as_of)
         if lasts:
             made.add(pairs, records, recent, self.rows.join(fresh.fixed, None))
-            if made.held > HELD_BYTES:
-                self._kept = self._kept._replace(made=Made())
         return fresh
 
     @np.errstate(all="ignore")  # where nothing is counted, partials are anything
@@ -163,15 +164,25 @@ class RecordCodec:
     ) -> tuple[Rows, bool]:
         """Return what ``read`` does, and whether the rows stay the same until a first bucket moves on."""
         found = [self.empty if record is None else record for record in records]
-        rows = len(found)
         parts = [(i, part) for i, part in enumerate(recent) if part is not None and part != self.empty]
-        split = np.fromiter((i for i, _ in parts), np.int64, len(parts))
-        parsed = self._parse([*found, *(part for _, part in parts)])
-        exact, newest = parsed.header[EXACT, :rows], parsed.header[NEWEST, :rows]
-        if parts:
-            exact, newest = exact.copy(), newest.copy()
-            exact[split] = np.maximum(exact[split], parsed.header[EXACT, rows:])
-            newest[split] = np.maximum(newest[split], parsed.header[NEWEST, rows:])
+        split, lately = np.fromiter((i for i, _ in parts), np.int64, len(parts)), [part for _, part in parts]
+        kept = self._at(now_us)
+        with suppress(CorruptRow):  # which one of all it is, is said of all
+            if self._cuts and (whole := self._whole(found, kept)) is not None:
+                late = self._cut(self._parse(lately), kept.firsts) if lately else None
+                cut = self._finals.both(whole, late, split)
+                if np.maximum.reduce(cut.exact) <= now_us:
+                    return self._finals.rows(cut, kept.earliest, NO_STRINGS), True
+        return self._read_again(found, split, lately, now_us, as_of)
+
+    def _read_again(
+        self, found: list[bytes], split: Int64s, lately: list[bytes], now_us: int, as_of: bool
+    ) -> tuple[Rows, bool]:
+        """Return what ``_read`` does, of whole records. ``lately``: the recent parts of the entities ``split``."""
+        rows = len(found)
+        parsed = self._parse([*found, *lately])
+        exact = parsed.header[EXACT, :rows].copy()
+        exact[split] = np.maximum(exact[split], parsed.header[EXACT, rows:])
         instants = None
         if np.maximum.reduce(exact) > now_us:
             if as_of:
@@ -185,21 +196,40 @@ class RecordCodec:
         if waits:
             settled = self._settled(found, parsed, now_us)
             if settled is not None:
-                return self._read(settled, recent, now_us)[0], False
-        if instants is None:
-            kept = self._at(now_us)
-            firsts, earliest = kept.firsts, kept.earliest
-        else:
+                return self._read_again(settled, split, lately, now_us, as_of=False)[0], False
+        kept = self._at(now_us)
+        firsts, earliest = kept.firsts, kept.earliest
+        if instants is not None:
             firsts, earliest = self._each_at(instants)
             firsts = np.append(firsts, firsts[:, split], axis=1)
+        cut = self._cut(parsed, firsts)
+        whole, late = cut.part(slice(rows)), cut.part(slice(rows, None))
+        strings = Strings(np.frombuffer(parsed.data, np.uint8), parsed.strings)
+        made = self._finals.rows(self._finals.both(whole, late, split), earliest, strings)
+        return made, instants is None and not waits
+
+    def _whole(self, records: Sequence[bytes], kept: _Firsts) -> Cut | None:
+        """Return what the windows of now need of records, kept or cut out of them; None where an event waits."""
+        cuts = kept.made.cuts(records)
+        if None in cuts:
+            new = list({id(record): record for record, cut in zip(records, cuts, strict=True) if cut is None}.values())
+            parsed = self._parse(new)
+            if np.count_nonzero(parsed.header[WAITING]):
+                return None
+            cut = self._cut(parsed, kept.firsts)
+            table = np.concatenate([cut.exact[None], cut.newest[None], cut.held, cut.words]).T.copy()
+            kept.made.add_cuts(new, table.view(f"V{8 * table.shape[1]}").ravel().tolist())
+            cuts = kept.made.cuts(records)
+        joined = np.frombuffer(b"".join(cuts), np.int64)  # type: ignore[arg-type]
+        table = joined.reshape(len(records), -1).T.copy()
+        windows = len(self.layout.cuts)
+        return Cut(table[0], table[1], table[2 : 2 + windows], table[2 + windows :])
+
+    def _cut(self, parsed: _Parsed, firsts: Int64s) -> Cut:
+        """Return what windows need of records, where ``firsts`` are their first buckets."""
         at, held = self._found(parsed, firsts)
         words = parsed.words.take(at[self._finals.cuts] + self._finals.offsets, mode="clip")
-        if parts:
-            words[:, split] = self._finals.merged(words[:, split], words[:, rows:])
-        event_time_us = np.where(newest < earliest, NEVER_US, newest)
-        strings = Strings(np.frombuffer(parsed.data, np.uint8), parsed.strings)
-        made = self._finals.rows(words[:, :rows], held[:, :rows], event_time_us, exact, strings)
-        return made, instants is None and not waits
+        return Cut(parsed.header[EXACT], parsed.header[NEWEST], held, words)
 
     def _settled(self, records: list[bytes], parsed: _Parsed, now_us: int) -> list[bytes] | None:
         """Return the records with the events folded that have become visible since they were written, if any have."""
@@ -219,7 +249,7 @@ class RecordCodec:
     def _at(self, now_us: int) -> _Firsts:
         """Return the first bucket of each cut at an instant, as it is kept until one of them moves on."""
         kept = self._kept
-        if not kept.since_us <= now_us < kept.until_us:
+        if not kept.since_us <= now_us < kept.until_us or kept.made.held > HELD_BYTES:
             numbers, begins, ends = zip(*(first_period(window, now_us) for _, window in self.layout.cuts), strict=True)
             firsts = np.array(numbers, np.int64)[:, None]
             kept = self._kept = _Firsts(now_us, min(ends), firsts, np.array([min(begins)], np.int64), Made())

@@ -123,15 +123,19 @@ class Layout:
         return cls(view, *_compile(view))
 
     @property
+    def long(self) -> bool:
+        """True where records may be long."""
+        return 8 * sum(_buckets(series.longest) * series.width for series in self.series) > LONG_BYTES
+
+    @property
     def in_parts(self) -> bool:
         """True where records are kept in two parts: they may be long, or loads make a push write each record twice.
 
         Not where strings stand behind them, or all of it is needed to hold a bound: two structs are to make one by
         arithmetic alone.
         """
-        longest = sum(_buckets(series.longest) * series.width for series in self.series)
         coded = any(measure.coded for series in self.series for measure in series.measures)
-        return not self.bounds and not coded and (8 * longest > LONG_BYTES or self.view.source is not None)
+        return not self.bounds and not coded and (self.long or self.view.source is not None)
 
 
 def _grain(window: Window) -> tuple[Any, ...]:
