@@ -20,7 +20,7 @@ from featserve.errors import SourceError
 from featserve.folding import beyond, fold, reached, unite
 from featserve.materialize import Loaded, Progress, visible_batches
 from featserve.plan import WindowPlan
-from featserve.push import expiry_keys, ids_of, over, removed
+from featserve.push import expiry_keys, ids_of, names_of, over, removed
 from featserve.series import Pool, State, events_of
 from featserve.store import Load, OnlineStore, Writes
 from featserve.types import NEVER_US, Array, Mask, concat
@@ -123,7 +123,8 @@ class _Backfill:
     """One load of a view's records and ids."""
 
     def __init__(self, store: OnlineStore, plan: WindowPlan, as_of_us: int) -> None:
-        self._store, self._plan, self._as_of_us = store, plan, as_of_us
+        assert plan.view.events is not None
+        self._store, self._plan, self._source, self._as_of_us = store, plan, plan.view.events, as_of_us
         before = int.from_bytes(store.read_many([plan.load])[0] or b"", "big")
         self._loads = (before + 1).to_bytes(8, "big")
         self._ids: list[tuple[bytes, bytes]] = []
@@ -212,16 +213,16 @@ class _Backfill:
 
     def _note_ids(self, batch: EventBatch, counts: Mask, owner: Int64s, entities: Sequence[bytes]) -> None:
         """Note the ids of the events that count."""
-        ids = ids_of(self._plan, batch)
+        ids = ids_of(self._source, batch)
         if ids:
             kept = np.flatnonzero(counts)
             ids = [ids[row] for row in kept.tolist()]
-            expiries = expiry_keys(self._plan, entities, owner[kept], batch.event_time_us[kept], ids)
+            expiries = expiry_keys(self._plan, names_of(entities), owner[kept], batch.event_time_us[kept], ids)
             self._ids += zip(ids, expiries, strict=True)
 
     def _not_pushed(self, history: EventBatch) -> Mask:
         """Return which events have an id that was not pushed."""
-        ids = ids_of(self._plan, history)
+        ids = ids_of(self._source, history)
         fresh = np.ones(len(history), np.bool_)
         for start in range(0, len(ids), LOOKED_UP):
             noted = self._store.noted([self._plan.ids + id_ for id_ in ids[start : start + LOOKED_UP]])

@@ -12,13 +12,14 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import compress
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 
 from featserve.batch import EventBatch, Int64s, Pushed
 from featserve.checks import check_rows
 from featserve.codec import check_key_sizes, encode_keys
+from featserve.definitions import EventSource
 from featserve.errors import InvalidRequest, invalid
 from featserve.folding import beyond, fold, reached, settled, unite
 from featserve.plan import PushPlan, WindowPlan
@@ -42,7 +43,13 @@ def push(store: OnlineStore, plan: PushPlan, batch: EventBatch, *, now_us: int, 
     and reason, or the view, the entity and the bound that it would be over, and writes nothing then.
     """
     check_rows(plan.source.rows, batch, latest_us)
-    parts = [_Part(view, batch, now_us) for view in plan.views]
+    keyed: dict[tuple[str, ...], _Keyed] = {}
+    parts = []
+    for view in plan.views:
+        names = tuple(view.view.entity.keys)
+        if names not in keyed:
+            keyed[names] = _Keyed.of(plan.source, batch, names)
+        parts.append(_Part(view, keyed[names], len(batch), now_us))
     keys = [part.keys() for part in parts]
 
     def change(found: Sequence[bytes | None]) -> Writes:
@@ -82,22 +89,42 @@ class _Kept(NamedTuple):
     whole: State
 
 
+class _Keyed(NamedTuple):
+    """The events of a push that have a key of one kind, at ``rows`` of it: what views over them have in common.
+
+    ``entities``: their keys without a prefix, each once, ``names``: what is short for each; ``owner``: the number of
+    each event's. ``ids``: what names each event, nothing where events have no id.
+    """
+
+    rows: Int64s
+    batch: EventBatch
+    entities: list[bytes]
+    names: list[bytes]
+    owner: Int64s
+    ids: list[bytes]
+
+    @classmethod
+    def of(cls, source: EventSource, batch: EventBatch, keys: tuple[str, ...]) -> Self:
+        columns = {name: batch.columns[name] for name in keys}
+        check_key_sizes(columns)
+        has_key = np.ones(len(batch), np.bool_)
+        for column in columns.values():
+            if column.valid is not None:
+                has_key &= column.valid
+        rows = np.flatnonzero(has_key)
+        if len(rows) < len(batch):
+            batch = batch.take(rows)
+        entities, owner = owners([batch.columns[name] for name in keys])
+        return cls(rows, batch, entities, names_of(entities), owner, ids_of(source, batch))
+
+
 class _Part:
     """One view's part in a push. ``duplicate``, ``counted``, ``late``: what became of each event, bool of (n,)."""
 
-    def __init__(self, plan: WindowPlan, batch: EventBatch, now_us: int) -> None:
+    def __init__(self, plan: WindowPlan, keyed: _Keyed, events: int, now_us: int) -> None:
         self._plan, self._now_us = plan, now_us
-        columns = {name: batch.columns[name] for name in plan.view.entity.keys}
-        check_key_sizes(columns)
-        self._has_key = np.ones(len(batch), np.bool_)
-        for column in columns.values():
-            if column.valid is not None:
-                self._has_key &= column.valid
-        self._rows = np.flatnonzero(self._has_key)
-        self._batch = batch.take(self._rows)
-        self._entities, self._owner = owners([self._batch.columns[name] for name in columns])
-        self._ids = ids_of(plan, self._batch)
-        self.duplicate, self.counted, self.late = (np.zeros(len(batch), np.bool_) for _ in range(3))
+        self._rows, self._batch, self._entities, self._names, self._owner, self._ids = keyed
+        self.duplicate, self.counted, self.late = (np.zeros(events, np.bool_) for _ in range(3))
 
     def keys(self) -> list[bytes]:
         """Return the keys whose rows ``change`` takes."""
@@ -130,7 +157,7 @@ class _Part:
             return Writes(written)
         rows = rows[counts]
         ids = [self._ids[row] for row in rows.tolist()]
-        expiries = expiry_keys(plan, self._entities, self._owner[rows], self._batch.event_time_us[rows], ids)
+        expiries = expiry_keys(plan, self._names, self._owner[rows], self._batch.event_time_us[rows], ids)
         removed, forget = self._expired(store, kept.before_us, kept.recent.seen_us, loads)
         return Writes(written | removed, forget, [*(plan.ids + id_ for id_ in ids), *expiries])
 
@@ -215,8 +242,9 @@ class _Part:
         loaded: list[bytes] = []
         forget: list[bytes] = []
         for entity, end in zip(moved.tolist(), new[moved].tolist(), strict=True):
-            key = self._entities[entity]
-            bounds = expiry_keys(plan, [key], np.zeros(2, np.int64), np.array([NEVER_US, end]), [b"", b""])
+            bounds = expiry_keys(
+                plan, [self._names[entity]], np.zeros(2, np.int64), np.array([NEVER_US, end]), [b"", b""]
+            )
             if loads is not None:
                 loaded += store.keys(*bounds)
             forget += store.notes(*bounds)
@@ -231,21 +259,24 @@ def owners(columns: Sequence[Column]) -> tuple[list[bytes], Int64s]:
     return list(numbers), owner
 
 
-def ids_of(plan: WindowPlan, batch: EventBatch) -> list[bytes]:
+def ids_of(source: EventSource, batch: EventBatch) -> list[bytes]:
     """Return what names each event, a digest where its id is long; nothing where events have no id."""
-    assert plan.view.events is not None
-    name = plan.view.events.event_id
-    if name is None:
+    if source.event_id is None:
         return []
-    ids = encode_keys([batch.columns[name]])
+    ids = encode_keys([batch.columns[source.event_id]])
     return [id_ if len(id_) <= MAX_ID_BYTES else hashlib.sha256(id_).digest() for id_ in ids]
 
 
+def names_of(entities: Sequence[bytes]) -> list[bytes]:
+    """Return what stands for entities in the keys by which ids expire, of one length."""
+    return [hashlib.sha256(entity).digest()[:ENTITY_BYTES] for entity in entities]
+
+
 def expiry_keys(
-    plan: WindowPlan, entities: Sequence[bytes], owner: Int64s, time_us: Int64s, ids: Sequence[bytes]
+    plan: WindowPlan, names: Sequence[bytes], owner: Int64s, time_us: Int64s, ids: Sequence[bytes]
 ) -> list[bytes]:
-    """Return the keys by which ids are found when the times of their events are over. ``owner``: their entities."""
-    prefixes = [plan.expiry + hashlib.sha256(entity).digest()[:ENTITY_BYTES] for entity in entities]
+    """Return the keys by which ids are found when the times of their events are over. ``owner``: of ``names``."""
+    prefixes = [plan.expiry + name for name in names]
     times: list[bytes] = (time_us.view(np.uint64) ^ np.uint64(1 << 63)).byteswap().view("V8").tolist()
     return [prefixes[i] + time + id_ for i, time, id_ in zip(owner.tolist(), times, ids, strict=True)]
 

@@ -94,8 +94,8 @@ class RowCache:
                 self._left += [self._old, self._young]
                 self._old, self._young, self._bytes = {}, {}, 0
             else:
-                for key, row in changed.items():
-                    self._replace(key, row)
+                for rows in (self._young, self._old):
+                    self._replace(rows, changed)
                 self._fit()
             self.state += 1
 
@@ -114,17 +114,18 @@ class RowCache:
             self._bytes -= _bytes(key, row)
         return row
 
-    def _replace(self, key: bytes, row: bytes | None) -> None:
-        """Put a row where one of its key is, if one is, or remove that one, under the lock."""
-        rows = self._young if key in self._young else self._old
-        if (before := rows.get(key)) is None:
-            return
-        if row:
-            rows[key] = row
-            self._bytes += len(row) - len(before)
-        else:
-            del rows[key]
-            self._bytes -= _bytes(key, before)
+    def _replace(self, rows: dict[bytes, bytes], changed: Mapping[bytes, bytes | None]) -> None:
+        """Put the changed rows of a generation where those of their keys are, or remove those, under the lock."""
+        more = 0
+        for key in rows.keys() & changed.keys():
+            before, row = rows[key], changed[key]
+            if row:
+                rows[key] = row
+                more += len(row) - len(before)
+            else:
+                del rows[key]
+                more -= _bytes(key, before)
+        self._bytes += more
 
     def _put(self, key: bytes, row: bytes) -> None:
         """Put a row that is not here in the young generation, under the lock."""

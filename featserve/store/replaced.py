@@ -7,6 +7,7 @@ of one length: that length and how many they are, 4 bytes each, and the keys.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from struct import Struct
 
 PREFIX = b"\x00replaced"
@@ -29,10 +30,8 @@ def packed(number: int, keys: Sequence[bytes] | None) -> bytes:
     head = number.to_bytes(8, "big")
     if keys is None or len(keys) > MOST_KEYS:
         return head + EVERY
-    groups: dict[int, list[bytes]] = {}
-    for key in keys:
-        groups.setdefault(len(key), []).append(key)
-    packs = (GROUP.pack(length, len(group)) + b"".join(group) for length, group in groups.items())
+    groups = ((length, list(group)) for length, group in groupby(sorted(keys, key=len), len))
+    packs = (GROUP.pack(length, len(group)) + b"".join(group) for length, group in groups)
     return head + b"".join(packs)
 
 
