@@ -116,6 +116,12 @@ class Meter:
                     self.ages_due_ns = begun_ns + self._ages_every_ns
                     self._add_ages(matrix, record.now_us)
 
+    def refuse(self, method: str, code: str) -> None:
+        """Count a request that was refused before anything of it was done, and so in no time."""
+        with self._lock:
+            if not self._of_workers:
+                self._counters(method, code, None)[0].add(0)
+
     def add_together(
         self, method: str, plan: ReadPlan, matrix: FeatureMatrix, begun_ns: Iterable[int], ended_ns: int
     ) -> None:

@@ -180,7 +180,8 @@ class _Reader(PrometheusMetricReader):
         return [
             _metric(
                 "rpc.server.call.duration",
-                "How long requests took from arrival to answer, each message of a stream being one",
+                "How long requests took from being taken on to the answer, each message of a stream being one, "
+                "and those refused at once no time",
                 durations,
             ),
             _metric("featserve.view.age", "How old served rows were, looked at in up to 10 answers a second", ages),

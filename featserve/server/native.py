@@ -199,7 +199,9 @@ class NativeServer:
                 room += self._drop(call_id)
             elif data is not None and details is not None:
                 if room <= 0 or refusing or len(data) > self._most_bytes:
-                    self._front.fail(call_id, *self._refusal(data))
+                    status = self._refusal(data)
+                    self._front.fail(call_id, *status)
+                    self._telemetry.refuse(METHODS[method][0], status[0])
                     continue
                 room -= 1
                 metadata, _, remaining_s = details

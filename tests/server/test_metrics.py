@@ -7,7 +7,6 @@ import re
 import socket
 import subprocess
 import sys
-import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import closing
@@ -30,7 +29,7 @@ from featserve.server.tally import Tally
 from featserve.server.telemetry import Telemetry
 from featserve.store import open_store
 from featserve.types import Column
-from tests.server.messages import HOUR_US, activity, now_us, nulls, numbers, packed, weather, wide
+from tests.server.messages import HOUR_US, activity, now_us, nulls, numbers, packed, refusal, weather, wide
 from tests.server.test_killed_workers import ORDERS
 from tests.server.watched import WITH_TRANSFORMS, page, scored, scrape, value, watched
 from tests.serving import ROOT, Project, Server, until
@@ -45,7 +44,8 @@ SERVICE = "featserve.v1.FeatureServingService"
 @pytest.fixture(scope="module")
 def counted(transport: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Run a server that counts, for the tests that look at differences only."""
-    with watched(tmp_path_factory.mktemp("counted") / "p", transport, prometheus_port=0) as server:
+    folder = tmp_path_factory.mktemp("counted") / "p"
+    with watched(folder, transport, {"max_message_mb": 1}, prometheus_port=0) as server:
         yield server
 
 
@@ -207,28 +207,6 @@ def test_the_caches_of_a_store_count_hits_and_misses(tmp_path: Path) -> None:
         assert store.cache_lookups() == {"row": (0, 0)}
 
 
-def test_calls_under_way_and_refused_ones_are_counted(transport: str, tmp_path: Path) -> None:
-    """Calls that are under way are a gauge; each one that is refused as they are too many is counted."""
-    ended = threading.Event()
-
-    def silent() -> Iterator[pb.StreamFeaturesRequest]:
-        ended.wait()
-        yield from ()
-
-    with watched(tmp_path / "p", transport, {"max_concurrent": 2}, prometheus_port=0) as server, server.stub() as stub:
-        assert value(scrape(server), "featserve_requests_active") == 0
-        streams = [stub.StreamFeatures(silent()) for _ in range(2)]
-        until("two calls are under way", lambda: value(scrape(server), "featserve_requests_active") == 2)
-        refused = stub.StreamFeatures(iter(()))
-        with pytest.raises(grpc.RpcError) as caught:
-            next(refused)
-        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert value(scrape(server), "featserve_requests_shed_total") == 1
-        ended.set()
-        assert [list(stream) for stream in streams] == [[], []]
-        until("none is under way", lambda: value(scrape(server), "featserve_requests_active") == 0)
-
-
 def test_the_delay_of_the_event_loop_is_looked_at(counted: Server) -> None:
     """The event loop's delay is looked at again and again, whether there are requests or not."""
     before = value(scrape(counted), "featserve_event_loop_delay_seconds_count")
@@ -254,6 +232,7 @@ def test_the_dashboard_asks_for_what_is_exported(counted: Server) -> None:
     with counted.stub() as stub:
         stub.WriteRows(numbers([1], 1.0))
         stub.GetFeatures(wide(1))
+        assert refusal(lambda: stub.GetFeatures(wide(*range(10_000)))).code is grpc.StatusCode.RESOURCE_EXHAUSTED
     found: dict[str, dict[str, set[str]]] = defaultdict(lambda: {"job": {"$job"}, "instance": set()})
     for name, have in scrape(counted):
         labels = found[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -376,7 +377,10 @@ def test_too_large_an_answer(stub: FeatureServingServiceStub) -> None:
         return refusal(lambda: stub.GetFeatures(get("ranking", *keys)))
 
     error = ask(10)
-    assert (error.code, "larger than max" in error.message) == (EXHAUSTED, True)
+    assert (error.code, error.reason) == (EXHAUSTED, "TOO_LARGE")
+    assert re.match(
+        r"the answer takes 2\d,\d{3},\d{3} bytes; the most is 16,777,216 .*Ask for fewer rows", error.message
+    )
     error = ask(10_000)  # of what would be twenty gigabytes, nothing is made
     assert (error.code, error.reason) == (INVALID, "TOO_LARGE")
     assert "the strings of 10,000 rows take 20,9" in error.message
