@@ -69,6 +69,7 @@ class GrpcioServer:
         self._default_deadline_s = config.default_deadline_ms / 1_000
         self._most_bytes, self._most_calls, self._taken = config.max_message_mb << 20, config.max_concurrent, 0
         self._beside, self._for_workers, self.shed = beside, for_workers, 0
+        self.turn_ns = None
         telemetry.count(self)
         self._writer = ThreadPoolExecutor(1, "featserve-writer")
         self._health = Health(("", SERVICE_NAME))

@@ -59,10 +59,17 @@ class Buckets:
 
 
 class Load(Protocol):
-    """What a transport has on its hands: calls under way, and the calls so far that it refused as those were many."""
+    """What a transport has on its hands: calls under way, and the calls so far that it refused as those were many.
+
+    ``turn_ns``: since when, by ``perf_counter_ns``, its thread has been answering what it took last, 0 while that waits
+    for more; None where the event loop answers.
+    """
 
     @property
     def active(self) -> int: ...
+
+    @property
+    def turn_ns(self) -> int | None: ...
 
     shed: int
 
@@ -73,8 +80,8 @@ class Meter:
     ``loads``: one for each transport. ``durations``: nanoseconds, by method, hash of the service or "", and status
     code. ``tallies``: rows and values, by the hash of their service. ``ages``: microseconds, by view. ``written``: rows
     written, and those of them stored, by view. ``pushed``: events by source and what became of them. ``loop_delay``:
-    nanoseconds that the event loop came late to a task. ``ages_due_ns``: a request that begins no sooner is asked for
-    event times, too. Several threads may count.
+    nanoseconds that the event loop came late to a task, or a thread that answers has been at its turn.
+    ``ages_due_ns``: a request that begins no sooner is asked for event times, too. Several threads may count.
     """
 
     def __init__(self, *, ages_every_ns: int = AGES_EVERY_NS, of_workers: bool = False) -> None:
@@ -95,6 +102,16 @@ class Meter:
         """Sum a transport's calls up with those of others."""
         if not self._of_workers:
             self.loads.append(load)
+
+    def look(self, due_ns: int, now_ns: int) -> None:
+        """Count how late the event loop came to a task, and for how long threads that answer have been at their turn.
+
+        At any moment that is, in the mean, as long as one who arrives then has to wait for the end of it.
+        """
+        self.loop_delay.add(max(now_ns - due_ns, 0))
+        for load in self.loads:
+            if (turn_ns := load.turn_ns) is not None:
+                self.loop_delay.add(max(now_ns - turn_ns, 0) if turn_ns else 0)
 
     def add(self, method: str, code: str, begun_ns: int, ended_ns: int, record: Record) -> None:
         """Count a request that began and ended at these readings of a stopwatch, with the name of its status code."""

@@ -187,7 +187,8 @@ class _Reader(PrometheusMetricReader):
             _metric("featserve.view.age", "How old served rows were, looked at in up to 10 answers a second", ages),
             _metric(
                 "featserve.event_loop.delay",
-                "How late the event loop came to a task, looked at ten times a second",
+                "How late the event loop came to a task, and how long pygrpc-native's thread has been at its turn, "
+                "looked at ten times a second",
                 [self._point(self._meter.loop_delay, SECOND, {})],
             ),
         ]

@@ -93,6 +93,7 @@ class NativeServer:
     ) -> None:
         self._service, self._telemetry = service, telemetry
         self._most_calls, self._most_streams, self.shed = config.max_concurrent, config.max_streams, 0
+        self.turn_ns = 0
         self._behind = GrpcioServer(service, config, telemetry, forward, beside=self)
         telemetry.count(self)
         self._methods = METHODS if forward is None else METHODS[: len(READS)]
@@ -188,10 +189,12 @@ class NativeServer:
 
     def _take(self) -> bool:
         """Put the calls that have arrived in their queues, waiting where there is nothing to do; False at the end."""
+        self.turn_ns = 0
         events = self._front.recv_batch_details(self._most_events(), self._patience_ms())
         if events is None:
             return False
-        now_ns, tracing = perf_counter_ns(), self._telemetry.tracing
+        self.turn_ns = now_ns = perf_counter_ns()
+        tracing = self._telemetry.tracing
         refusing = self._behind.refusing
         room = self._most_calls - self.active - self._behind.active
         for kind, call_id, method, data, _, details in events:

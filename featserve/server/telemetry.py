@@ -118,11 +118,11 @@ class Telemetry:
         return self.tracing.passed_on(call.metadata, call.record.trace if isinstance(call.record, _Watch) else None)
 
     async def watch_loop(self) -> None:
-        """Count how late the event loop is, until cancelled."""
+        """Count how late the event loop is, and threads that answer are, until cancelled."""
         while self.meter is not None:
             due_ns = perf_counter_ns() + int(LOOP_EVERY_SECONDS * 1e9)
             await asyncio.sleep(LOOP_EVERY_SECONDS)
-            self.meter.loop_delay.add(max(perf_counter_ns() - due_ns, 0))
+            self.meter.look(due_ns, perf_counter_ns())
 
     def close(self) -> None:
         """Send the last spans, for two seconds at most, and stop."""

@@ -7,6 +7,8 @@ import re
 import socket
 import subprocess
 import sys
+import time
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import closing
@@ -19,20 +21,22 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from featserve._proto import serving_pb2 as pb
+from featserve._proto.serving_pb2_grpc import FeatureServingServiceStub
 from featserve.config import load_config
 from featserve.matrix import FeatureMatrix, Status
 from featserve.plan import ReadPlan, compile_service
 from featserve.project import load_definitions
-from featserve.server.meter import AGE_US, LATENCY_NS, Buckets, Meter
+from featserve.server.meter import AGE_US, DELAY_NS, LATENCY_NS, MS, Buckets, Meter
 from featserve.server.service import Call, Record
 from featserve.server.tally import Tally
 from featserve.server.telemetry import Telemetry
 from featserve.store import open_store
 from featserve.types import Column
+from tests.server.held import Reads
 from tests.server.messages import HOUR_US, activity, now_us, nulls, numbers, packed, refusal, weather, wide
 from tests.server.test_killed_workers import ORDERS
 from tests.server.watched import WITH_TRANSFORMS, page, scored, scrape, value, watched
-from tests.serving import ROOT, Project, Server, until
+from tests.serving import PATIENCE_S, ROOT, TRANSPORTS, Project, Server, served_here, until
 
 pytest_plugins = ["tests.served"]
 
@@ -211,6 +215,29 @@ def test_the_delay_of_the_event_loop_is_looked_at(counted: Server) -> None:
     """The event loop's delay is looked at again and again, whether there are requests or not."""
     before = value(scrape(counted), "featserve_event_loop_delay_seconds_count")
     until("it was looked at", lambda: value(scrape(counted), "featserve_event_loop_delay_seconds_count") > before + 3)
+
+
+def test_a_delay_of_who_answers_is_counted(transport: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a read holds up all others for 0.4 s, event loop or thread, a delay of 0.2 to 0.5 s, or more, is seen."""
+    reads, meter = Reads(monkeypatch), Meter()
+    monkeypatch.setattr(Telemetry, "open", lambda *arguments: Telemetry(None, meter))
+
+    def late() -> int:
+        return sum(meter.loop_delay.counts[bisect_right(DELAY_NS, 200 * MS) :])
+
+    def ask(address: str) -> None:
+        with grpc.insecure_channel(address) as channel:
+            before = late()
+            with reads.held() as begun:
+                call = FeatureServingServiceStub(channel).GetFeatures.future(wide(1), timeout=PATIENCE_S)
+                assert begun.wait(PATIENCE_S)
+                time.sleep(0.4)
+            assert call.result().rows == 1
+            looks = sum(meter.loop_delay.counts)
+            until("it was looked at again", lambda: sum(meter.loop_delay.counts) > looks + 1)
+            assert late() > before
+
+    served_here(Project.make(tmp_path / "project", **TRANSPORTS[transport]), ask)
 
 
 def test_the_page_is_named_as_prometheus_wants_it(counted: Server) -> None:
