@@ -50,6 +50,7 @@ def counted(transport: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """Run a server that counts, for the tests that look at differences only."""
     folder = tmp_path_factory.mktemp("counted") / "p"
     with watched(folder, transport, {"max_message_mb": 1}, prometheus_port=0) as server:
+        server.apply(ORDERS)
         yield server
 
 
@@ -181,18 +182,18 @@ def test_writes_and_the_store_are_counted(counted: Server) -> None:
 
 def test_pushed_events_are_counted_by_what_became_of_them(counted: Server) -> None:
     """An event that counts, one whose id was there, one that is late and one without a key are told apart by source."""
-    counted.apply(ORDERS)
+    before = scrape(counted)
     now, long_ago = datetime.now(UTC), datetime(2020, 1, 1, tzinfo=UTC)
     with counted.client() as client:
         for users, ids, at in (([1, 2, 3], ["a", "b", "c"], now), ([1, None], ["a", "d"], now), ([1], ["e"], long_ago)):
             client.push("orders", {"user_id": users, "order_id": ids}, event_time=[at] * len(users))
-    samples = scrape(counted)
+    after = scrape(counted)
 
-    def events(outcome: str) -> float:
-        labels = {"featserve_source": "orders", "featserve_outcome": outcome}
-        return value(samples, "featserve_events_pushed_total", **labels)
+    def new(outcome: str) -> float:
+        name, labels = "featserve_events_pushed_total", {"featserve_source": "orders", "featserve_outcome": outcome}
+        return value(after, name, **labels) - value(before, name, **labels)
 
-    assert [events(outcome) for outcome in ("counted", "duplicate", "late", "no_key")] == [3, 1, 1, 1]
+    assert [new(outcome) for outcome in ("counted", "duplicate", "late", "no_key")] == [3, 1, 1, 1]
 
 
 def test_the_caches_of_a_store_count_hits_and_misses(tmp_path: Path) -> None:
@@ -260,6 +261,8 @@ def test_the_dashboard_asks_for_what_is_exported(counted: Server) -> None:
         stub.WriteRows(numbers([1], 1.0))
         stub.GetFeatures(wide(1))
         assert refusal(lambda: stub.GetFeatures(wide(*range(10_000)))).code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    with counted.client() as client:
+        client.push("orders", {"user_id": [9], "order_id": ["dashboard"]}, event_time=datetime.now(UTC))
     found: dict[str, dict[str, set[str]]] = defaultdict(lambda: {"job": {"$job"}, "instance": set()})
     for name, have in scrape(counted):
         labels = found[name]
