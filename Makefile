@@ -72,8 +72,8 @@ pieces-baseline: .venv/.dev  ## Make the times of this machine what `make pieces
 	@rm -rf bench/pieces/baseline
 	@$(PIECES) --benchmark-quiet --benchmark-save=baseline $(ARGS)
 
-counts: .venv/.dev  ## Count the instructions and allocations of a request; fails where they are more than they were
-	@$(BIN)/python -m bench.counts
+counts: .venv/.dev  ## Count a request's instructions and allocations; fails where they rose (ARGS=--may-skip: not on other Pythons)
+	@$(BIN)/python -m bench.counts $(ARGS)
 
 counts-accept: .venv/.dev  ## Make what is counted now what `make counts` compares with
 	@$(BIN)/python -m bench.counts --accept

@@ -8,6 +8,7 @@
     │   ├── UnknownName         a service, view, feature or version that does not exist
     │   ├── SchemaMismatch      ``name#hash`` is not what is served
     │   ├── TooLarge            a request is over a declared limit
+    │   │   └── AnswerTooLarge      its answer is
     │   └── SourceError         a source file is missing, unreadable, or not as declared
     └── ServingError            ours: the request was fine
         ├── Overloaded          refused at once, before any work was done; try again with backoff
@@ -87,6 +88,10 @@ class SchemaMismatch(CallerError):
 
 class TooLarge(CallerError):
     reason = "TOO_LARGE"
+
+
+class AnswerTooLarge(TooLarge):
+    pass
 
 
 class SourceError(CallerError):

@@ -11,11 +11,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import grpc
 import numpy as np
@@ -29,6 +30,7 @@ from featserve.engine import encode_rows
 from featserve.plan import Plans
 from featserve.project import load_definitions
 from featserve.registry import Registry
+from featserve.server.app import run
 from featserve.store import open_store
 from featserve.types import Float64, Int64, column
 
@@ -38,6 +40,8 @@ PATIENCE_S = 60.0
 
 TRANSPORTS: dict[str, dict[str, Any]] = {"grpcio": {}, "native": {"transport": "native"}}
 """The transports that the server has, each with the [server] settings that choose it."""
+
+Asked = TypeVar("Asked")
 
 DAMAGED = (9_000_001, 9_000_002)
 """Users whose rows are cut short, and all zeros."""
@@ -242,3 +246,16 @@ def until(what: str, holds: Callable[[], Any], seconds: float = PATIENCE_S) -> A
         assert time.monotonic() < deadline, f"after {seconds:g} s still not: {what}"
         time.sleep(0.005)
     return found
+
+
+def served_here(project: Project, ask: Callable[[str], Asked]) -> Asked:
+    """Serve in this process, of which a test has changed a part, while ``ask`` is run with the address in a thread."""
+    asked: list[Future[Asked]] = []
+
+    def ready(address: str) -> None:
+        asked.append(pool.submit(ask, address))
+        asked[0].add_done_callback(lambda _: os.kill(os.getpid(), signal.SIGTERM))
+
+    with ThreadPoolExecutor(1) as pool:
+        run(load_config(project.folder), ready)
+    return asked[0].result()

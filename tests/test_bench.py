@@ -165,16 +165,32 @@ def test_a_dearer_request_is_told(instructions: int, allocations: int, worse: in
     assert counts.compare(counted, {}) == ["one: no baseline"]
 
 
+def run_counts(folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str, instructions: int = 0) -> int:
+    """Run what ``make counts`` does, with a baseline in ``folder``, as if that many instructions had been counted."""
+    counted = {"one": {"instructions": instructions, "allocations": 10}}
+    monkeypatch.setattr(counts, "ROOT", folder)
+    monkeypatch.setattr(counts, "BASELINE", folder / "counts.json")
+    monkeypatch.setattr(counts, "count", lambda: counted)
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    monkeypatch.setattr("sys.argv", ["counts", *words])
+    return counts.main()
+
+
+@pytest.mark.parametrize(("words", "code"), [([], 1), (["--may-skip"], 0)])
 def test_a_python_without_a_baseline_is_not_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], code: int
 ) -> None:
-    """Counts are those of one Python: on another there is nothing to compare with, which is said and is no failure."""
+    """Where there is nothing to compare with, that is said, and fails unless it may be: no change passes unseen."""
     (tmp_path / "counts.json").write_text('{"CPython 2.7 vax": {}}')
-    monkeypatch.setattr(counts, "ROOT", tmp_path)
-    monkeypatch.setattr(counts, "BASELINE", tmp_path / "counts.json")
-    monkeypatch.setattr("sys.argv", ["counts"])
-    assert counts.main() == 0
+    assert run_counts(tmp_path, monkeypatch, *words) == code
     assert re.match(r"Not counted: no baseline for \w+ 3\.\d+ \w+, only for CPython 2\.7 vax;", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("instructions", "code"), [(1_029, 0), (1_031, 1)])
+def test_a_dearer_request_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, instructions: int, code: int) -> None:
+    """What was accepted is the baseline; the exit code says whether what is counted then is within it."""
+    assert run_counts(tmp_path, monkeypatch, "--accept", instructions=1_000) == 0
+    assert run_counts(tmp_path, monkeypatch, instructions=instructions) == code
 
 
 def test_a_tail_is_held_against_what_can_be_told() -> None:

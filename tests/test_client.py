@@ -383,10 +383,15 @@ def test_calls_are_spread_over_connections(server: Server) -> None:
         sockets = psutil.Process().net_connections("tcp")
         return {s.laddr.port for s in sockets if s.status == psutil.CONN_ESTABLISHED and s.raddr.port == server.port}
 
-    before = connected()
-    with featserve.connect(server.address, timeout=60, connections=3) as client:
-        for _ in range(6):
-            client.get("wide", {"user_id": [1]})
-        assert len(connected() - before) == 3
+    calls: list[Callable[[featserve.Client], object]] = [
+        lambda client: client.get("wide", {"user_id": [1]}),
+        lambda client: client.write("numbers", rows([5_000_700]), event_time=NOW),
+    ]
+    for call in calls:
+        before = connected()
+        with featserve.connect(server.address, timeout=60, connections=3) as client:
+            for _ in range(6):
+                call(client)
+            assert len(connected() - before) == 3
     with pytest.raises(InvalidRequest, match="connections: 0 is less than 1"):
         featserve.connect(server.address, connections=0)

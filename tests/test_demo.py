@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
+from featserve.server.workers import cores
 from tests.serving import PATIENCE_S, ROOT
 
 MUST_SAY = (
@@ -52,9 +54,17 @@ def test_demo(tmp_path: Path) -> None:
     assert (made / "leakage.html").stat().st_size > 50_000
 
 
+def listens(process: psutil.Process, port: int) -> bool:
+    sockets = process.net_connections("tcp")
+    return any(socket.status == psutil.CONN_LISTEN and socket.laddr.port == port for socket in sockets)
+
+
 @pytest.mark.slow
 def test_serve(tmp_path: Path) -> None:
-    """The server that stays says how to ask it, in a terminal and in Python; both work, and SIGTERM ends it with 0."""
+    """The server that stays says how to ask it, in a terminal and in Python; both work, and SIGTERM ends it with 0.
+
+    It has a worker for each core.
+    """
     shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns(".featserve", "data"))
     with (tmp_path / "server.log").open("w") as log:
         server = subprocess.Popen(
@@ -73,6 +83,9 @@ def test_serve(tmp_path: Path) -> None:
                 break
         asked = re.search(r"^(\S+/featserve get departure_delay_model .*--as-of \S+)$", said, re.MULTILINE | re.DOTALL)
         assert asked, said
+        port = int(re.findall(r"Listening on \S+:(\d+)", said)[0])
+        processes = [parent := psutil.Process(server.pid), *parent.children(recursive=True)]
+        assert sum(listens(process, port) for process in processes) == cores()
         told = subprocess.run(asked[1], shell=True, capture_output=True, text=True, check=True).stdout
         assert "departure_delay_model@1: 2 rows at 2013-11-27 22:00:00 UTC" in told
         assert told.count("PRESENT") > 20

@@ -29,24 +29,27 @@ from tests.server.messages import activity, now_us, weather
 from tests.server.watched import WITH_TRANSFORMS, watched
 from tests.serving import Project, Server
 
+pytest_plugins = ["tests.served"]
+
 KEYS = {"user_id": [1, 2], "country": ["de", "de"], "zip": ["10115", "10115"]}
 REQUEST = {"by": [2.0, 3.0]}
 READ = ["plan", "keys", "store read", "codec activity@1", "codec weather@1", "transform scaled@1", "place"]
 
 
 @pytest.fixture(scope="module")
-def collector() -> Iterator[Collector]:
+def collector(transport: str) -> Iterator[Collector]:
+    """Give each transport a collector of its own."""
     with Collector() as collector:
         yield collector
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Server]:
+def server(transport: str, tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Server]:
     """Run a server that traces callers who trace, and holds a row of each view."""
     folder = tmp_path_factory.mktemp("telemetry") / "p"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
-        server = watched(folder, "grpcio", otlp_endpoint=collector.endpoint, sample_ratio=0)
+        server = watched(folder, transport, otlp_endpoint=collector.endpoint, sample_ratio=0)
     with server:
         with server.stub() as stub:
             stub.WriteRows(activity(1, now_us()))

@@ -131,7 +131,8 @@ async def _listen(
     config: Config, engine: Engine, telemetry: Telemetry, part: Part | None
 ) -> tuple[Transport, Forward | None, str]:
     """Take requests; return the server, where it passes writes on to, and where it listens."""
-    limits = Limits(config.server.max_rows, int(config.server.max_future_skew_seconds * 1_000_000))
+    skew_us = int(config.server.max_future_skew_seconds * 1_000_000)
+    limits = Limits(config.server.max_rows, skew_us, config.server.max_message_mb << 20)
     service = Service(engine, limits, clock_us)
     if part is not None and part.writes:
         writer = GrpcioServer(service, config.server, telemetry, for_workers=True)

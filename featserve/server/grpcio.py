@@ -20,11 +20,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from featserve.config import ServerConfig
-from featserve.errors import DeadlineExceeded, NotBegun, Overloaded, ServingError, invalid
+from featserve.errors import DeadlineExceeded, FeatserveError, NotBegun, Overloaded, ServingError, invalid
 from featserve.server.forward import FORWARDED, TAKEN_KEY, Forward
 from featserve.server.meter import Load
 from featserve.server.service import READS, SERVICE_NAME, WRITE_STREAMS, WRITES, Call, Service, WriteStream
-from featserve.server.status import DETAILS_KEY, failed
+from featserve.server.status import DETAILS_KEY, code_of, failed
 from featserve.server.telemetry import Telemetry
 from featserve.store.follow import Behind
 from featserve.tls import Certificates
@@ -69,6 +69,7 @@ class GrpcioServer:
         self._default_deadline_s = config.default_deadline_ms / 1_000
         self._most_bytes, self._most_calls, self._taken = config.max_message_mb << 20, config.max_concurrent, 0
         self._beside, self._for_workers, self.shed = beside, for_workers, 0
+        self.turn_ns = None
         telemetry.count(self)
         self._writer = ThreadPoolExecutor(1, "featserve-writer")
         self._health = Health(("", SERVICE_NAME))
@@ -153,32 +154,35 @@ class GrpcioServer:
         service = self._service
         handlers: dict[str, Any] = {
             name: grpc.stream_unary_rpc_method_handler(
-                self._counted(partial(self._unary, name, name in WRITES, partial(method, service)))
+                self._counted(name, partial(self._unary, name, name in WRITES, partial(method, service)))
             )
             for name, method in (READS | WRITES).items()
         }
-        handlers["StreamFeatures"] = grpc.stream_stream_rpc_method_handler(self._counted(self._stream_features))
+        streamed = self._counted("StreamFeatures", self._stream_features)
+        handlers["StreamFeatures"] = grpc.stream_stream_rpc_method_handler(streamed)
         for name, start in WRITE_STREAMS.items():
             written = partial(self._stream_writes, name, partial(start, service))
-            handlers[name] = grpc.stream_unary_rpc_method_handler(self._counted(written))
+            handlers[name] = grpc.stream_unary_rpc_method_handler(self._counted(name, written))
         if self._forward is not None:
             handlers |= {
-                name: grpc.stream_unary_rpc_method_handler(self._counted(partial(self._passed_on, self._forward, name)))
+                name: grpc.stream_unary_rpc_method_handler(
+                    self._counted(name, partial(self._passed_on, self._forward, name))
+                )
                 for name in FORWARDED
             }
         return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
 
     def _counted(
-        self, handle: Callable[[Context], Awaitable[Answer]]
+        self, name: str, handle: Callable[[Context], Awaitable[Answer]]
     ) -> Callable[[object, Context], Awaitable[Answer]]:
         """Return the handler of a method: ``handle``, unless too many calls are under way; errors as statuses."""
 
         async def counted(requests: object, context: Context) -> Answer:
             if self.refusing:
-                await abort(context, stopping(), AWAY)
+                await self._refuse(name, context, stopping(), AWAY)
             if self.active + (0 if self._beside is None else self._beside.active) >= self._most_calls:
                 self.shed += 1
-                await abort(context, overloaded(self._most_calls))
+                await self._refuse(name, context, overloaded(self._most_calls))
             self._taken += 1
             task = asyncio.current_task()
             assert task is not None
@@ -195,6 +199,10 @@ class GrpcioServer:
                 self.under_way.discard(task)
 
         return counted
+
+    async def _refuse(self, name: str, context: Context, error: FeatserveError, *more: tuple[str, str]) -> NoReturn:
+        self._telemetry.refuse(name, code_of(error))
+        await abort(context, error, *more)
 
     async def _unary(self, name: str, writes: bool, method: Callable[[bytes, Call], bytes], context: Context) -> bytes:
         remaining_s = context.time_remaining()

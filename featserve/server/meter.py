@@ -61,10 +61,17 @@ class Buckets:
 
 
 class Load(Protocol):
-    """What a transport has on its hands: calls under way, and the calls so far that it refused as those were many."""
+    """What a transport has on its hands: calls under way, and the calls so far that it refused as those were many.
+
+    ``turn_ns``: since when, by ``perf_counter_ns``, its thread has been answering what it took last, 0 while that waits
+    for more; None where the event loop answers.
+    """
 
     @property
     def active(self) -> int: ...
+
+    @property
+    def turn_ns(self) -> int | None: ...
 
     shed: int
 
@@ -75,8 +82,8 @@ class Meter:
     ``loads``: one for each transport. ``durations``: nanoseconds, by method, hash of the service or "", and status
     code. ``tallies``: rows and values, by the hash of their service. ``ages``: microseconds, by view. ``written``: rows
     written, and those of them stored, by view. ``pushed``: events by source and what became of them. ``loop_delay``:
-    nanoseconds that the event loop came late to a task. ``ages_due_ns``: a request that begins no sooner is asked for
-    event times, too. Several threads may count.
+    nanoseconds that the event loop came late to a task, or a thread that answers has been at its turn.
+    ``ages_due_ns``: a request that begins no sooner is asked for event times, too. Several threads may count.
     """
 
     def __init__(self, *, ages_every_ns: int = AGES_EVERY_NS, of_workers: bool = False) -> None:
@@ -112,6 +119,16 @@ class Meter:
         if not self._of_workers:
             self.loads.append(load)
 
+    def look(self, due_ns: int, now_ns: int) -> None:
+        """Count how late the event loop came to a task, and for how long threads that answer have been at their turn.
+
+        At any moment that is, in the mean, as long as one who arrives then has to wait for the end of it.
+        """
+        self.loop_delay.add(max(now_ns - due_ns, 0))
+        for load in self.loads:
+            if (turn_ns := load.turn_ns) is not None:
+                self.loop_delay.add(max(now_ns - turn_ns, 0) if turn_ns else 0)
+
     def add(self, method: str, code: str, begun_ns: int, ended_ns: int, record: Record) -> None:
         """Count a request that began and ended at these readings of a stopwatch, with the name of its status code."""
         with self._lock:
@@ -131,6 +148,12 @@ class Meter:
                 if record.ages:
                     self.ages_due_ns = begun_ns + self._ages_every_ns
                     self._add_ages(matrix, record.now_us)
+
+    def refuse(self, method: str, code: str) -> None:
+        """Count a request that was refused before anything of it was done, and so in no time."""
+        with self._lock:
+            if not self._of_workers:
+                self._counters(method, code, None)[0].add(0)
 
     def add_together(self, method: str, plan: ReadPlan, matrix: FeatureMatrix | None, took_ns: Sequence[int]) -> None:
         """Count requests that took so long, each of which was answered with some rows of ``matrix``.

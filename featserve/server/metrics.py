@@ -180,13 +180,15 @@ class _Reader(PrometheusMetricReader):
         return [
             _metric(
                 "rpc.server.call.duration",
-                "How long requests took from arrival to answer, each message of a stream being one",
+                "How long requests took from being taken on to the answer, each message of a stream being one, "
+                "and those refused at once no time",
                 durations,
             ),
             _metric("featserve.view.age", "How old served rows were, looked at in up to 10 answers a second", ages),
             _metric(
                 "featserve.event_loop.delay",
-                "How late the event loop came to a task, looked at ten times a second",
+                "How late the event loop came to a task, and how long pygrpc-native's thread has been at its turn, "
+                "looked at ten times a second",
                 [self._point(self._meter.loop_delay, SECOND, {})],
             ),
         ]

@@ -93,6 +93,7 @@ class NativeServer:
     ) -> None:
         self._service, self._telemetry = service, telemetry
         self._most_calls, self._most_streams, self.shed = config.max_concurrent, config.max_streams, 0
+        self.turn_ns = 0
         self._behind = GrpcioServer(service, config, telemetry, forward, beside=self)
         telemetry.count(self)
         self._methods = METHODS if forward is None else METHODS[: len(READS)]
@@ -188,10 +189,12 @@ class NativeServer:
 
     def _take(self) -> bool:
         """Put the calls that have arrived in their queues, waiting where there is nothing to do; False at the end."""
+        self.turn_ns = 0
         events = self._front.recv_batch_details(self._most_events(), self._patience_ms())
         if events is None:
             return False
-        now_ns, tracing = perf_counter_ns(), self._telemetry.tracing
+        self.turn_ns = now_ns = perf_counter_ns()
+        tracing = self._telemetry.tracing
         refusing = self._behind.refusing
         room = self._most_calls - self.active - self._behind.active
         for kind, call_id, method, data, _, details in events:
@@ -199,7 +202,9 @@ class NativeServer:
                 room += self._drop(call_id)
             elif data is not None and details is not None:
                 if room <= 0 or refusing or len(data) > self._most_bytes:
-                    self._front.fail(call_id, *self._refusal(data))
+                    status = self._refusal(data)
+                    self._front.fail(call_id, *status)
+                    self._telemetry.refuse(METHODS[method][0], status[0])
                     continue
                 room -= 1
                 metadata, _, remaining_s = details
@@ -275,7 +280,7 @@ class NativeServer:
                 continue  # alone, each says what is wrong with it
             for number, answer in zip(share.numbers, answers, strict=True):
                 call_id, _ = asking[number]
-                self._respond(call_id, answer)
+                self._front.respond(call_id, answer)
                 del self._reads[call_id]
             answered += len(answers)
             if meter is not None:

@@ -15,7 +15,7 @@ from typing import Any
 from featserve._proto import serving_pb2 as pb
 from featserve.batch import Pushed, Written
 from featserve.engine import NOTHING, Engine
-from featserve.errors import DeadlineExceeded, FeatserveError, invalid
+from featserve.errors import AnswerTooLarge, DeadlineExceeded, FeatserveError, invalid
 from featserve.matrix import FeatureMatrix
 from featserve.plan import ReadPlan
 from featserve.server.status import encode_error
@@ -72,10 +72,11 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The bounds on one request: rows, and how far ahead of the clock a written time may be."""
+    """The bounds on one request: rows, how far ahead of the clock a written time may be, and bytes of its answer."""
 
     max_rows: int
     max_future_skew_us: int
+    max_answer_bytes: int = 1 << 31  # which is protobuf's own
 
 
 class Service:
@@ -93,7 +94,7 @@ class Service:
     def get_features(self, data: bytes, call: Call) -> bytes:
         """Answer a GetFeaturesRequest."""
         begin(call)
-        return self._features(parse(pb.GetFeaturesRequest, data), call).SerializeToString()
+        return self._fitting(self._features(parse(pb.GetFeaturesRequest, data), call).SerializeToString())
 
     def shares(self, requests: Sequence[bytes]) -> list[Share]:
         """Return the GetFeaturesRequests among these that can be answered together; none of them has expired."""
@@ -106,18 +107,29 @@ class Service:
 
         Returns the features of all of them with the answers; None in their place where all are there and none is null.
         """
-        return share.answer(self.engine, self._clock_us())
+        matrix, answers = share.answer(self.engine, self._clock_us())
+        self._fitting(max(answers, key=len))
+        return matrix, answers
 
     def stream_features(self, data: bytes, call: Call) -> bytes:
         """Answer one message of a StreamFeatures call; an error is an answer, too."""
         try:
             begin(call)
             answer = self._features(parse(pb.StreamFeaturesRequest, data).request, call)
+            return self._fitting(pb.StreamFeaturesResponse(response=answer).SerializeToString())
         except FeatserveError as error:
             if call.record is not None:
                 call.record.error = error
             return pb.StreamFeaturesResponse(error=encode_error(error)).SerializeToString()
-        return pb.StreamFeaturesResponse(response=answer).SerializeToString()
+
+    def _fitting(self, answer: bytes) -> bytes:
+        """Return an answer that is within the limit. Raises AnswerTooLarge, so that it does not count as answered."""
+        if len(answer) > self._limits.max_answer_bytes:
+            raise AnswerTooLarge(
+                f"the answer takes {len(answer):,} bytes; the most is {self._limits.max_answer_bytes:,} ([server] "
+                "max_message_mb). Ask for fewer rows"
+            )
+        return answer
 
     def _features(self, request: pb.GetFeaturesRequest, call: Call) -> pb.GetFeaturesResponse:
         record = call.record

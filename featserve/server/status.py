@@ -32,7 +32,8 @@ CODES: dict[type[errors.FeatserveError], int] = {
     errors.RegistryConflict: 9,
     errors.UnknownName: 5,  # NOT_FOUND
     errors.SchemaMismatch: 9,
-    errors.Overloaded: 8,  # RESOURCE_EXHAUSTED
+    errors.AnswerTooLarge: 8,  # RESOURCE_EXHAUSTED, as gRPC says of a message over its limit
+    errors.Overloaded: 8,
     errors.DeadlineExceeded: 4,  # DEADLINE_EXCEEDED
     errors.Unavailable: 14,  # UNAVAILABLE
     errors.NotBegun: 1,  # CANCELLED, as gRPC itself says of a call that it has not begun when it stops

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 import grpc
 
 from featserve.config import Config, TelemetryConfig
-from featserve.errors import FeatserveError, ServingError
-from featserve.server.meter import Load, Meter
+from featserve.errors import DeadlineExceeded, FeatserveError, ServingError
+from featserve.server.meter import SECOND, Load, Meter
 from featserve.server.service import SERVICE_NAME, Call, Record
 from featserve.server.status import MESSAGE_BYTES, code_of, cut
 from featserve.server.tally import Tally
@@ -37,6 +37,9 @@ CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 OK, CANCELLED = 0, 1
 SERVER_FAULTS = {2, 4, 12, 13, 14, 15}
 """The codes that make a server's span an error, as OpenTelemetry's conventions for gRPC say."""
+OVER = 0.9
+"""The part of a deadline after which who is cancelled is taken for one whose deadline passed: transports tell no more
+of that, and a caller counts from the sending, and rounds what it tells."""
 FLUSH_SECONDS = 2.0
 LOOP_EVERY_SECONDS = 0.1
 
@@ -93,14 +96,20 @@ class Telemetry:
         """
         if trace is None and self.meter is None:
             return UNWATCHED
-        begun_ns = perf_counter_ns() if taken_ns is None else taken_ns
-        call.record = watch = _Watch(self, trace, method, begun_ns)
+        now_ns = perf_counter_ns()
+        begun_ns = now_ns if taken_ns is None else taken_ns
+        call.record = watch = _Watch(self, trace, method, begun_ns, now_ns, call.remaining_s)
         if trace is not None:
             watch.stages = trace.stages
             trace.stages.begun.append(("receive" if taken_ns is None else "queue", begun_ns))
         if self.meter is not None:
             watch.ages = begun_ns >= self.meter.ages_due_ns
         return watch
+
+    def refuse(self, method: str, code: int) -> None:
+        """Count a request that is refused and not watched."""
+        if self.meter is not None:
+            self.meter.refuse(method, CODES[code])
 
     def passed_on(self, call: Call) -> Iterable[tuple[str, str | bytes]]:
         """Return the metadata of a watched call for another process of this server: one decision holds for both."""
@@ -109,11 +118,11 @@ class Telemetry:
         return self.tracing.passed_on(call.metadata, call.record.trace if isinstance(call.record, _Watch) else None)
 
     async def watch_loop(self) -> None:
-        """Count how late the event loop is, until cancelled."""
+        """Count how late the event loop is, and threads that answer are, until cancelled."""
         while self.meter is not None:
             due_ns = perf_counter_ns() + int(LOOP_EVERY_SECONDS * 1e9)
             await asyncio.sleep(LOOP_EVERY_SECONDS)
-            self.meter.loop_delay.add(max(perf_counter_ns() - due_ns, 0))
+            self.meter.look(due_ns, perf_counter_ns())
 
     def close(self) -> None:
         """Send the last spans, for two seconds at most, and stop."""
@@ -130,10 +139,22 @@ def resource_of(wanted: TelemetryConfig, part: Part | None) -> dict[str, str]:
 
 
 class _Watch(Record):
-    """The record of a watched request, while it runs; ``trace`` is None where it is only counted."""
+    """The record of a watched request, while it runs; ``trace`` is None where it is only counted.
 
-    def __init__(self, telemetry: Telemetry, trace: Trace | None, method: str, begun_ns: int) -> None:
-        self._telemetry, self.trace, self._method, self._begun_ns = telemetry, trace, method, begun_ns
+    ``remaining_s``: what was left of its deadline at ``now_ns``.
+    """
+
+    def __init__(
+        self,
+        telemetry: Telemetry,
+        trace: Trace | None,
+        method: str,
+        begun_ns: int,
+        now_ns: int,
+        remaining_s: float | None,
+    ) -> None:
+        self._telemetry, self.trace, self._method = telemetry, trace, method
+        self._begun_ns, self._now_ns, self._remaining_s = begun_ns, now_ns, remaining_s
 
     def __enter__(self) -> None:
         pass
@@ -155,13 +176,22 @@ class _Watch(Record):
     def _failed(self, error: BaseException | None) -> int:
         """Note what a request failed with; return its status code."""
         if isinstance(error, CancelledError):
-            return CANCELLED
+            if not self._is_over():
+                return CANCELLED
+            error = DeadlineExceeded("the deadline passed before the request was answered")
         if isinstance(error, FeatserveError):
             self.error = error
         elif error is not None:
             self.error = ServingError(f"internal error: {error.__class__.__name__}")
         assert self.error is not None
         return code_of(self.error)
+
+    def _is_over(self) -> bool:
+        """Say whether what was cancelled by now is out of time."""
+        if self._remaining_s is None:
+            return False
+        given_ns = self._now_ns - self._begun_ns + self._remaining_s * SECOND
+        return perf_counter_ns() - self._begun_ns >= OVER * given_ns
 
 
 def _end(tracing: Tracing, trace: Trace, method: str, code: int, record: Record) -> None:

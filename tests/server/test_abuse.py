@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
 import socket
 import subprocess
@@ -17,6 +18,7 @@ import grpc
 import numpy as np
 import pytest
 
+from bench.load import framed
 from featserve._proto import serving_pb2 as pb
 from tests.server.messages import numbers, read_error, refusal, wide
 from tests.serving import PATIENCE_S, ROOT, Server, until
@@ -191,30 +193,41 @@ def test_thousands_of_streams_on_one_connection(start: Callable[..., Server]) ->
     assert sizes[-1] - sizes[1] < 16 * MB
 
 
-def h2load(server: Server, method: str, message: bytes, requests: int, folder: Path) -> None:
-    """Send a request again and again, on eight connections with ten under way on each; all are answered."""
-    (folder / "body").write_bytes(b"\0" + len(message).to_bytes(4, "big") + message)
+def h2load(server: Server, method: str, message: bytes, requests: int, folder: Path) -> int:
+    """Send a request again and again, on eight connections with ten under way on each; return the bytes of messages.
+
+    h2load sees that each call ended, and not gRPC's status: what was refused has no message.
+    """
+    (folder / "body").write_bytes(framed(message))
     load = ["h2load", "--clients=8", "--max-concurrent-streams=10", f"--requests={requests}"]
     headers = ["--header=content-type: application/grpc", "--header=te: trailers", f"--data={folder / 'body'}"]
     done = subprocess.run(
         [*load, *headers, f"http://{server.address}{PATH}{method}"], capture_output=True, text=True, check=True
     )
     assert f"{requests} succeeded, 0 failed" in done.stdout, done.stdout
+    (message_bytes,) = re.findall(r"traffic: .* \((\d+)\) data", done.stdout)
+    return int(message_bytes)
 
 
 @pytest.mark.parametrize("many", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_memory_is_flat_however_many_requests_come(start: Callable[..., Server], tmp_path: Path, many: bool) -> None:
-    """Over many requests, some of them refused, the server's memory stays level; it ends as it should."""
+    """Over many requests, each answered or, where it is wrong, refused, memory stays level; the server ends well."""
     requests = 1_000_000 if many else 10_000
     assert shutil.which("h2load"), "there is no h2load: tests/setup.sh installs it"
     server = start()
     read, wrong = wide(1, 2, 3).SerializeToString(), pb.GetFeaturesRequest(service="nope").SerializeToString()
     write = numbers([1], 1.0).SerializeToString()
+    with server.channel() as channel:
+        ask: Any = channel.unary_unary(f"{PATH}GetFeatures")
+        write_rows: Any = channel.unary_unary(f"{PATH}WriteRows")
+        write_rows(write)  # the statuses that a read has are those of later ones
+        answer_bytes = len(framed(ask(read)))
+    written_bytes = len(framed(pb.WriteRowsResponse(rows=1).SerializeToString()))
 
     def load(count: int) -> int:
-        h2load(server, "GetFeatures", read, count * 9 // 10, tmp_path)
-        h2load(server, "GetFeatures", wrong, count // 10, tmp_path)
-        h2load(server, "WriteRows", write, 1_000, tmp_path)
+        assert h2load(server, "GetFeatures", read, count * 9 // 10, tmp_path) == count * 9 // 10 * answer_bytes
+        assert h2load(server, "GetFeatures", wrong, count // 10, tmp_path) == 0
+        assert h2load(server, "WriteRows", write, 1_000, tmp_path) > 1_000 * written_bytes
         return server.memory_bytes()
 
     load(10_000)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -17,6 +18,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from featserve._proto import serving_pb2 as pb
 from featserve._proto.serving_pb2_grpc import FeatureServingServiceStub
+from featserve.server.service import Call, Service
 from tests.server.messages import (
     HOUR_US,
     activity,
@@ -30,7 +32,7 @@ from tests.server.messages import (
     weather,
     wide,
 )
-from tests.serving import Server
+from tests.serving import PATIENCE_S, TRANSPORTS, Project, Server, served_here
 
 pytest_plugins = ["tests.served"]
 
@@ -190,6 +192,28 @@ def test_describe_view_says_what_a_row_holds(stub: FeatureServingServiceStub) ->
     assert fields["taste"] == (pb.DATA_TYPE_VECTOR, 4, "")
     assert fields["plan"] == (pb.DATA_TYPE_STRING, 0, '"free"')
     assert stub.DescribeView(pb.DescribeViewRequest(view="activity@1")) == view
+
+
+def test_metadata_is_handed_over_whole(transport: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The service is given a call's metadata as it was sent: bytes, a key that stands twice, kilobytes of text."""
+    twice = ("twice", "first"), ("twice", "second")
+    sent: tuple[tuple[str, str | bytes], ...] = (("raw-bin", bytes(range(256))), *twice, ("text", "x" * 6_000))
+    given: list[tuple[str, str | bytes]] = []
+    features = Service._features
+
+    def looked_at(service: Service, request: pb.GetFeaturesRequest, call: Call) -> pb.GetFeaturesResponse:
+        given.extend(call.metadata)
+        return features(service, request, call)
+
+    def ask(address: str) -> int:
+        with grpc.insecure_channel(address) as channel:
+            stub = FeatureServingServiceStub(channel)
+            rows: int = stub.GetFeatures(wide(1, include_schema=True), metadata=sent, timeout=PATIENCE_S).rows
+        return rows
+
+    monkeypatch.setattr(Service, "_features", looked_at)
+    assert served_here(Project.make(tmp_path / "project", **TRANSPORTS[transport]), ask) == 1
+    assert tuple(each for each in given if each[0] in dict(sent)) == sent
 
 
 def test_a_late_row_changes_nothing(stub: FeatureServingServiceStub) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -14,9 +15,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from featserve._proto import serving_pb2 as pb
 from featserve._proto.serving_pb2_grpc import FeatureServingServiceStub
+from featserve.server.meter import Meter
+from featserve.server.telemetry import Telemetry
+from tests.server.held import Reads
 from tests.server.messages import numbers, ranking, read_error, refusal, wide
 from tests.server.streams import Stream, busy
-from tests.serving import TRANSPORTS, Project, Server, until
+from tests.serving import PATIENCE_S, TRANSPORTS, Project, Server, served_here, until
 
 pytest_plugins = ["tests.served"]
 
@@ -108,6 +112,33 @@ def test_a_deadline_that_is_over_is_not_begun(small: Server) -> None:
         error = refusal(lambda: stub.GetFeatures(wide(1), timeout=-1))
         assert error.code is grpc.StatusCode.DEADLINE_EXCEEDED
         assert stub.GetFeatures(wide(1), timeout=60).rows == 1
+
+
+def test_reads_whose_deadline_passes_behind_another_are_not_done(
+    transport: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reads that wait for one before them past their deadline are never done; those with time left are."""
+    reads, meter = Reads(monkeypatch), Meter()
+    monkeypatch.setattr(Telemetry, "open", lambda *arguments: Telemetry(None, meter))
+
+    def ask(address: str) -> None:
+        with ExitStack() as opened:
+            options = [("grpc.use_local_subchannel_pool", 1)]
+            channels = [opened.enter_context(grpc.insecure_channel(address, options)) for _ in range(5)]
+            stubs = [FeatureServingServiceStub(channel) for channel in channels]
+            assert [stub.GetFeatures(wide(1)).rows for stub in stubs] == [1] * 5
+            reads.keys.clear()
+            with reads.held() as begun:
+                first = stubs[0].GetFeatures.future(wide(1), timeout=PATIENCE_S)
+                assert begun.wait(PATIENCE_S)
+                calls = [stub.GetFeatures.future(wide(1, 2), timeout=0.1) for stub in stubs * 10]
+                patient = [stub.GetFeatures.future(wide(1, 2, 3), timeout=PATIENCE_S) for stub in stubs]
+                assert {call.code() for call in calls} == {grpc.StatusCode.DEADLINE_EXCEEDED}
+            assert [call.result().rows for call in (first, *patient)] == [1, *[3] * 5]
+
+    served_here(Project.make(tmp_path / "project", **TRANSPORTS[transport]), ask)
+    assert sum(reads.keys) == 1 + 3 * 5
+    assert sum(tally.rows for tally in meter.tallies.values()) == 5 + sum(reads.keys)
 
 
 REFUSED = {

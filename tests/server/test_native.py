@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
 import struct
 import threading
@@ -11,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bench import h2load
 from featserve._proto.serving_pb2_grpc import FeatureServingServiceStub
@@ -20,8 +20,9 @@ from featserve.errors import ServingError
 from featserve.server import native
 from featserve.server.app import run
 from featserve.server.native import NativeServer
+from tests.server.held import Reads
 from tests.server.messages import numbers, wide
-from tests.serving import PATIENCE_S, TRANSPORTS, Project, Server
+from tests.serving import PATIENCE_S, TRANSPORTS, Project, Server, served_here
 
 
 @pytest.mark.parametrize("method", ["GetFeatures", "WriteRows"])
@@ -49,6 +50,30 @@ def test_a_failure_of_a_thread_ends_the_server(tmp_path: Path, monkeypatch: pyte
         run(config, ready)
     asking[0].join(PATIENCE_S)
     assert codes == [grpc.StatusCode.UNAVAILABLE]
+
+
+def test_reads_that_wait_are_answered_with_one_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen reads that wait behind another share one read of the store, and each gets its own answer."""
+    reads = Reads(monkeypatch)
+
+    def ask(address: str) -> list[float]:
+        with grpc.insecure_channel(address) as channel:
+            stub = FeatureServingServiceStub(channel)
+            for user in range(17):
+                stub.WriteRows(numbers([user], float(user)))
+            reads.keys.clear()
+            with reads.held() as begun:
+                first = stub.GetFeatures.future(wide(0), timeout=PATIENCE_S)
+                assert begun.wait(PATIENCE_S)
+                calls = [stub.GetFeatures.future(wide(user), timeout=PATIENCE_S) for user in range(1, 17)]
+                # The connection carries them in order: where this is answered, the others wait.
+                health: Any = health_pb2_grpc.HealthStub(channel)
+                health.Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
+            return [float(np.frombuffer(call.result().values, "<f4")[0]) for call in (first, *calls)]
+
+    project = Project.make(tmp_path / "project", **TRANSPORTS["native"], max_streams=32)
+    assert served_here(project, ask) == list(range(17))
+    assert reads.keys == [1, 16]
 
 
 @pytest.mark.parametrize(("settings", "streams"), [({}, 16), ({"max_streams": 500}, 500)])
@@ -84,13 +109,9 @@ def test_refusing_leaves_time_to_answer(
     def load(address: str) -> None:
         request = wide(1).SerializeToString()
         h2load.run(address, b"\0" + len(request).to_bytes(4, "big") + request, seconds=1.0, connections=32)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    def ready(address: str) -> None:
-        threading.Thread(target=load, args=(address,)).start()
 
     monkeypatch.setattr(NativeServer, "_take", counting)
     monkeypatch.setattr(native, "REFUSED_PER_S", refused_per_s)
-    run(load_config(Project.make(tmp_path, **TRANSPORTS["native"], max_concurrent=2).folder), ready)
+    served_here(Project.make(tmp_path, **TRANSPORTS["native"], max_concurrent=2), load)
     assert len(refused) > 100
     assert any(refused) == refuses

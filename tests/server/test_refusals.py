@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -12,6 +14,7 @@ import pytest
 
 from featserve._proto import serving_pb2 as pb
 from featserve._proto.serving_pb2_grpc import FeatureServingServiceStub
+from featserve.engine import Engine
 from featserve.server.service import READS, WRITE_STREAMS, WRITES
 from tests.server.messages import (
     HOUR_US,
@@ -27,7 +30,7 @@ from tests.server.messages import (
     vectors,
     wide,
 )
-from tests.serving import DAMAGED, Server
+from tests.serving import DAMAGED, PATIENCE_S, TRANSPORTS, Project, Server, served_here
 
 pytest_plugins = ["tests.served"]
 
@@ -374,9 +377,39 @@ def test_too_large_an_answer(stub: FeatureServingServiceStub) -> None:
         return refusal(lambda: stub.GetFeatures(get("ranking", *keys)))
 
     error = ask(10)
-    assert (error.code, "larger than max" in error.message) == (EXHAUSTED, True)
+    assert (error.code, error.reason) == (EXHAUSTED, "TOO_LARGE")
+    assert re.match(
+        r"the answer takes 2\d,\d{3},\d{3} bytes; the most is 16,777,216 .*Ask for fewer rows", error.message
+    )
     error = ask(10_000)  # of what would be twenty gigabytes, nothing is made
     assert (error.code, error.reason) == (INVALID, "TOO_LARGE")
     assert "the strings of 10,000 rows take 20,9" in error.message
     assert "Ask for fewer rows" in error.message
     assert stub.GetFeatures(wide(1)).rows == 1
+
+
+@pytest.mark.parametrize("method", ["GetFeatures", "WriteRows"])
+def test_what_nobody_expected_is_an_internal_error(
+    transport: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, method: str
+) -> None:
+    """An exception that is no error of ours is INTERNAL, told by its class alone, and logged; the next call is well."""
+    request = wide(1) if method == "GetFeatures" else numbers([1], 1.0)
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise ZeroDivisionError("of nobody else's concern")
+
+    def ask(address: str) -> Refusal:
+        with grpc.insecure_channel(address) as channel:
+            call = getattr(FeatureServingServiceStub(channel), method)
+            with monkeypatch.context() as broken:
+                broken.setattr(Engine, "read" if method == "GetFeatures" else "write", fail)
+                refused = refusal(lambda: call(request, timeout=PATIENCE_S))
+            call(request, timeout=PATIENCE_S)
+        return refused
+
+    error = served_here(Project.make(tmp_path / "project", **TRANSPORTS[transport]), ask)
+    assert (error.code, error.reason) == (grpc.StatusCode.INTERNAL, "SERVING_ERROR")
+    assert error.message == "internal error: ZeroDivisionError"
+    (logged,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert logged.getMessage() == "a request failed: of nobody else's concern"
+    assert logged.exc_info is not None

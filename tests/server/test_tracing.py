@@ -113,6 +113,18 @@ def test_the_caller_decides_and_chance_only_where_it_does_not(
     assert len({t.span.trace_id for t in trees}) == 3
 
 
+def test_a_context_is_found_among_other_metadata(transport: str, tmp_path: Path, collector: Collector) -> None:
+    """Bytes, a key that stands twice and kilobytes of text before it harm neither a call nor its trace."""
+    bulk = tuple((f"text-{i}", f"{i}" * 1_000) for i in range(6))
+    headers: Headers = (("raw-bin", bytes(range(256))), ("twice", "first"), ("twice", "second"), *bulk, *traced())
+    with watched(tmp_path / "p", transport, otlp_endpoint=collector.endpoint, sample_ratio=0) as server:
+        assert asked(server, wide(1, 2), headers).rows == 2
+        with server.stub() as stub:
+            assert stub.WriteRows(numbers([1], 1.0), metadata=headers).rows == 1
+        trees = collector.trees(2)
+    assert {(t.span.trace_id.hex(), t.span.parent_span_id.hex()) for t in trees} == {(TRACE, PARENT)}
+
+
 def test_errors_are_told_and_those_of_the_server_marked(transport: str, tmp_path: Path, collector: Collector) -> None:
     """A span has the status code and the reason of its error; it is an error where the server is at fault."""
     with watched(tmp_path / "p", transport, otlp_endpoint=collector.endpoint, sample_ratio=1) as server:

@@ -18,12 +18,15 @@ from typing import Any
 import grpc
 import psutil
 import pytest
+from click.testing import CliRunner
 
 import featserve
 from featserve._proto import serving_pb2 as pb
 from featserve._proto.serving_pb2_grpc import FeatureServingServiceStub
-from featserve.config import load_config
+from featserve.cli import main
+from featserve.config import Config, load_config
 from featserve.errors import ServingError, StoreLocked
+from featserve.server import app
 from featserve.server.app import run
 from featserve.server.workers import MOST_DEATHS, Part, Spares, cores, share
 from featserve.store import is_held
@@ -333,6 +336,25 @@ def test_what_processes_share(tmp_path: Path) -> None:
     assert {(s.store.block_cache_mb, s.store.row_cache_mb) for s in shares} == {(30, 1)}
     assert [s.telemetry.prometheus_port for s in shares] == [9_000, 9_001, 9_002]
     assert 1 <= cores() <= len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(("available", "supervised"), [(7, [7]), (1, [])])
+def test_without_a_number_there_is_a_worker_for_each_core(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, available: int, supervised: list[int]
+) -> None:
+    """Where neither the file nor the command line says how many, `serve` has as many as cores; of one, no others."""
+    found: list[int] = []
+    alone: list[Config] = []
+
+    async def serve(config: Config, ready: Callable[[str], None]) -> None:
+        alone.append(config)
+
+    monkeypatch.setattr(app, "cores", lambda: available)
+    monkeypatch.setattr(app, "supervise", lambda config, workers, ready: found.append(workers))
+    monkeypatch.setattr(app, "serve", serve)
+    (Project.make(tmp_path / "project").folder / "featserve.toml").write_text("[server]\nport = 0\n")
+    assert CliRunner().invoke(main, ["serve", "--project", str(tmp_path / "project")]).exit_code == 0
+    assert (found, len(alone)) == (supervised, 1 - len(supervised))
 
 
 def test_what_keeps_workers_from_starting_is_said(pair: Server) -> None:
