@@ -60,7 +60,8 @@ def total(**rest: Any) -> Aggregate:
 
 
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
-    "no window": (lambda: total(over=WEEK), "is not a window; say which: Rolling, Calendar or Hopping"),
+    "no window": (lambda: Aggregate("total", "sum", "paid"), "'total': .* say which: Rolling, Calendar or Hopping"),
+    "a duration": (lambda: total(over=WEEK), "is not a window; say which: Rolling, Calendar or Hopping"),
     "no such function": (lambda: Aggregate("n", "cuont", over=Rolling(WEEK)), "unknown aggregate 'cuont'.*count"),
     "sum of nothing": (lambda: total(of=None), "of is required"),
     "sum of a string": (lambda: view(total(of="shop")), "there is no sum of string"),

@@ -154,17 +154,18 @@ class Aggregate:
     """One feature of a view over events: ``function`` of ``of``, over the events of ``over`` that satisfy ``where``.
 
     ``function``: one of ``aggregates.AGGREGATES``. ``of``: a column of the event or an expression; events where it is
-    null (or NaN) are left out. Only "count" may do without: it then counts events. ``where``: an expression that is
-    true, false or null of an event alone; null leaves the event out. ``max_distinct``: for "distinct_count", how many
-    distinct values of one entity it counts exactly; a push beyond it is refused. An empty window has count 0 and null
-    for the rest; ``default`` replaces that null in the value, never in the status.
+    null (or NaN) are left out. Only "count" may do without: it then counts events. ``over``: no kind of window is the
+    default, so an aggregate without one is refused. ``where``: an expression that is true, false or null of an event
+    alone; null leaves the event out. ``max_distinct``: for "distinct_count", how many distinct values of one entity it
+    counts exactly; a push beyond it is refused. An empty window has count 0 and null for the rest; ``default`` replaces
+    that null in the value, never in the status.
     """
 
     name: str
     function: str
     of: Expression | str | None = None
     _: KW_ONLY
-    over: Window
+    over: Window = None  # type: ignore[assignment]
     where: Expression | None = None
     max_distinct: int = 1_000
     default: Any = None
