@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -120,15 +121,20 @@ def test_the_hash_covers_the_meaning() -> None:
         total(over=Rolling(WEEK + HOUR)),
         total(over=Rolling(WEEK, max_events=5)),
         total(over=Hopping(WEEK, HOUR)),
+        total(over=Hopping(WEEK, 2 * HOUR)),
         total(over=Calendar(7, "day", "UTC")),
+        total(over=Calendar(6, "day", "UTC")),
+        total(over=Calendar(7, "week", "UTC")),
         total(over=Calendar(7, "day", "America/New_York")),
         total(of=col("paid") * 2),
         total(where=col("gift")),
         total(default=0.0),
         Aggregate("total", "mean", "paid", over=Rolling(WEEK)),
+        *(Aggregate("total", "distinct_count", "paid", over=Rolling(WEEK), max_distinct=most) for most in (5, 6)),
     ]
     changed = [view(a).hash for a in others]
     changed.append(view(total(), events=EventSource("orders", FIELDS, source=SOURCE)).hash)
+    changed.append(view(total(), events=replace(ORDERS, version=2)).hash)
     assert len({base.hash, *changed}) == len(changed) + 1
     assert view(total(description="What was paid")).hash == base.hash
     assert view(total(description="What was paid")) != base
