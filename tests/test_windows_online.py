@@ -165,7 +165,7 @@ class Online:
         self.instants = [t for t, _ in self.history.asked]
         self.clocks = sorted(self.instants)[rng.integers(len(self.instants) // (1 if in_parts else 2)) :]
         self.now_us = self.clocks[0]
-        self.sent, self.written, self.arrived = 0, 0, PUSHED_FROM
+        self.sent, self.written, self.arrived, self.answered = 0, 0, PUSHED_FROM, 0
 
     def opened(self) -> OnlineStore:
         return open_store(self.folder / "store", "write", block_cache_mb=8)
@@ -264,11 +264,13 @@ class Online:
         self.clocks = self.clocks[self.rng.integers(1, 12) :] or self.clocks[-1:]
         self.now_us = self.clocks[0]
 
-    def read(self) -> None:
-        """Read some entities as of now or of an instant before: what is answered is what the oracle says.
+    def read(self, time_us: int | None = None) -> None:
+        """Read some entities as of an instant, or of any up to now: what is answered is what the oracle says.
 
         Refused are only instants before the newest event that counts, or copy of one in the file.
         """
+        if time_us is None:
+            time_us = min(self.instants[self.rng.integers(len(self.instants))], self.now_us)
         name = ("one", "other", "both")[self.rng.integers(3)]
         views = {"one": self.views[:1], "other": self.views[1:], "both": self.views}[name]
         plan = self.plans.service(name)
@@ -276,7 +278,6 @@ class Online:
         entities = list(product(*([v for v in dict.fromkeys(POOLS[name]) if v is not None] for name in names)))
         rows = [dict(zip(names, entity, strict=True)) for entity in self.some(entities)]
         keys = [[tuple(row[name] for name in counted.view.entity.keys) for row in rows] for counted in views]
-        time_us = min(self.instants[self.rng.integers(len(self.instants))], self.now_us)
         given = EntityKeys.of({name: [row[name] for row in rows] for name in names}, names)
         try:
             matrix = Engine(self.store, self.plans).read(plan, given, time_us, as_of=True, event_times=True)
@@ -284,6 +285,7 @@ class Online:
             known = (c.known_since_us(key, self.now_us) for c, own in zip(views, keys, strict=True) for key in own)
             assert time_us < max(known)
             return
+        self.answered += 1
         got = matrix.to_dict()
         assert (matrix.view_status == 1).all()
         assert matrix.event_times is not None
@@ -314,8 +316,11 @@ def test_any_order_of_pushes_loads_and_reads(
         monkeypatch.setattr(module, "LONG_BYTES", long_bytes)
     online = Online(rng, tmp_path, in_parts)
     try:
-        for _ in range(40):
-            online.step()
+        for _ in range(5):
+            for _ in range(8):
+                online.step()
+            online.read(online.now_us)
+        assert online.answered >= 5
     finally:
         online.store.close()
 
