@@ -178,7 +178,7 @@ class Aggregate:
             raise DefinitionError(f"{what}: unknown aggregate {self.function!r}{hint(str(self.function), AGGREGATES)}")
         if isinstance(self.of, str):
             object.__setattr__(self, "of", col(self.of))
-        if self.of is None and self.function != "count":
+        if self.of is None and AGGREGATES[self.function](None) is None:
             raise DefinitionError(f"{what}: of is required: what the {self.function} is of, a column or an expression")
         for role, given in (("of", self.of), ("where", self.where)):
             if given is not None and not isinstance(given, Expression):
@@ -228,7 +228,7 @@ class Aggregate:
             "where": None if where is None else where.to_dict(),
             "max_distinct": self.max_distinct if self.function == DISTINCT_COUNT else None,
             "default": self.default,
-            "empty": 0 if self.function in ("count", DISTINCT_COUNT) else None,
+            "empty": AGGREGATES[self.function].empty,
             "ties": "event_time, known_at, sequence",
         }
 
