@@ -28,7 +28,7 @@ from featserve.folding import beyond, fold, settled, unite
 from featserve.records import RecordCodec
 from featserve.series import Events, Pool, events_of
 from featserve.types import NEVER_US, Column, Float64, Int64, String, column, to_us
-from tests.windows_model import WEEKS, Event, answers, distinct, every_aggregate, make_history
+from tests.windows_model import WEEKS_KEPT, Event, answers, distinct, every_aggregate, make_history
 
 
 def batch_of(view: FeatureView, events: Sequence[Event]) -> EventBatch:
@@ -110,11 +110,16 @@ def test_records_read_as_the_oracle_says(seed: int, in_parts: bool) -> None:
             world.check(keys, int(rng.integers(now_us, later + 1)))
 
 
-@pytest.mark.parametrize("window", WEEKS, ids=lambda window: type(window).__name__)
-def test_every_function_over_every_kind(rng: np.random.Generator, window: Window) -> None:
-    """Each aggregate of each column that it takes, over each kind of window, is the oracle's after every fold."""
+@pytest.mark.parametrize(("window", "in_parts"), WEEKS_KEPT, ids=str)
+def test_every_function_over_every_kind(rng: np.random.Generator, window: Window, in_parts: bool) -> None:
+    """Each aggregate of each column that it takes, over each kind of window, is the oracle's after every fold.
+
+    In two parts, too, where there is an aggregate that may be kept so.
+    """
     history = make_history(rng, events=150, windows=[window])
-    world = World(replace(history.view, aggregates=every_aggregate(window), features=()))
+    view = replace(history.view, aggregates=every_aggregate(window, in_parts), features=())
+    world = World(view, rng if in_parts else None)
+    assert world.codec.layout.in_parts == in_parts
     events = distinct(history.view, history.events)
     clocks = sorted(t for t, _ in history.asked)[::6]
     keys = list(dict.fromkeys(key for _, key in history.asked))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -19,7 +19,7 @@ from featserve import push, series
 from featserve.arrow import column_to_arrow
 from featserve.backfill import load_windows
 from featserve.batch import Arrival, EntityKeys
-from featserve.definitions import Calendar, FeatureService, FeatureView, Hopping, ParquetSource, Rolling
+from featserve.definitions import Calendar, FeatureService, FeatureView, Hopping, ParquetSource, Rolling, Window
 from featserve.engine import Engine
 from featserve.errors import InvalidRequest
 from featserve.offline import open_engine
@@ -33,12 +33,14 @@ from tests.windows_model import (
     HOUR_US,
     POOLS,
     TYPES,
+    WEEKS_KEPT,
     WINDOWS,
     Answer,
     Event,
     answers,
     distinct,
     edge_history,
+    every_aggregate,
     make_history,
     make_view,
     start_us,
@@ -73,6 +75,21 @@ def write_history(folder: Path, types: dict[str, Type], events: Sequence[Event])
     for name in ("event_time", "known_at"):
         table[name] = pa.array([getattr(e, f"{name}_us") for e in events], pa.int64()).cast(pa.timestamp("us"))
     pq.write_table(pa.table(table), folder / "history.parquet")
+
+
+def check(
+    view: FeatureView, events: Sequence[Event], keys: Sequence[Any], time_us: int, got: Mapping[str, Sequence[Any]]
+) -> list[int]:
+    """Hold what is read of some entities at an instant against the oracle; return the event times that it gives."""
+    times = []
+    for i, key in enumerate(keys):
+        newest, expected = answers(view, events, key, time_us)
+        times.append(NEVER_US if newest is None else newest)
+        for aggregate in view.aggregates:
+            value = got[f"{view.name}.{aggregate.name}"][i]
+            value = to_us(value) if isinstance(value, datetime) else value
+            assert expected[aggregate.name].agrees(value), (key, time_us, aggregate, value, expected[aggregate.name])
+    return times
 
 
 class Counted:
@@ -290,14 +307,8 @@ class Online:
         assert (matrix.view_status == 1).all()
         assert matrix.event_times is not None
         for n, (counted, own) in enumerate(zip(views, keys, strict=True)):
-            view, events = counted.view, counted.all()
-            for i, key in enumerate(own):
-                newest, expected = answers(view, events, key, time_us)
-                assert matrix.event_times[i, n] == (NEVER_US if newest is None else newest)
-                for aggregate in view.aggregates:
-                    value = got[f"{view.name}.{aggregate.name}"][i]
-                    value = to_us(value) if isinstance(value, datetime) else value
-                    assert expected[aggregate.name].agrees(value), (key, time_us, aggregate, value, expected)
+            newest = check(counted.view, counted.all(), own, time_us, got)
+            assert matrix.event_times[:, n].tolist() == newest
 
     def some(self, entities: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
         """Return one or two entities, or all."""
@@ -325,6 +336,34 @@ def test_any_order_of_pushes_loads_and_reads(
         online.store.close()
 
 
+@pytest.mark.parametrize(("window", "in_parts"), WEEKS_KEPT, ids=str)
+def test_every_function_over_every_kind(
+    rng: np.random.Generator, tmp_path: Path, window: Window, in_parts: bool
+) -> None:
+    """Each aggregate of each column that it takes, over each kind of window, pushed and loaded, is the oracle's."""
+    history = make_history(rng, events=150, windows=[window], source=HISTORY)
+    view = replace(history.view, aggregates=every_aggregate(window, in_parts), features=())
+    plans = Plans(snapshot_of([view], [FeatureService("windows", [view], dtype=Float64)]))
+    assert plans.windows(view).codec.layout.in_parts == in_parts
+    assert view.events is not None
+    events = [replace(e, sequence=position) for position, e in enumerate(distinct(view, history.events))]
+    pushed_us, half = NEVER_US, len(events) // 2
+    write_history(tmp_path, view.events.types, events[:half])
+    keys = list(dict.fromkeys(key for _, key in history.asked if None not in key))
+    given = EntityKeys.of({n: [key[i] for key in keys] for i, n in enumerate(view.entity.keys)}, view.entity.keys)
+    for time_us in sorted({t for t, _ in history.asked})[::6]:
+        with closing(open_store(tmp_path / "store", "write", block_cache_mb=8)) as store:
+            come = [e for e in events[half:] if pushed_us < e.available[0] <= time_us]
+            for some in np.array_split(rng.permutation(len(come)), 3):
+                arrival = arrival_of(view.events.types, [come[i] for i in some])
+                Engine(store, plans).push(plans.events("events"), arrival, now_us=time_us, max_future_skew_us=0)
+            load_windows(store, plans.windows(view), tmp_path, time_us)
+            pushed_us = time_us
+        with closing(open_store(tmp_path / "store", "read", block_cache_mb=8)) as store:
+            got = Engine(store, plans).read(plans.service("windows"), given, time_us, as_of=True).to_dict()
+        check(view, events, keys, time_us, got)
+
+
 def test_edges_at_clock_changes(rng: np.random.Generator) -> None:
     """At each clock change of a zone's year windows of every kind begin and end at the oracle's microsecond.
 
@@ -343,10 +382,7 @@ def test_edges_at_clock_changes(rng: np.random.Generator) -> None:
         pushed_us = time_us
         given = EntityKeys.of({"user_id": [key[0] for key in keys]}, view.entity.keys)
         got = engine.read(plans.service("windows"), given, time_us, as_of=True).to_dict()
-        for i, key in enumerate(keys):
-            _, expected = answers(view, history.events, key, time_us)
-            for name, answer in expected.items():
-                assert answer.agrees(got[f"{view.name}.{name}"][i]), (time_us, key, name, answer)
+        check(view, history.events, keys, time_us, got)
 
 
 def test_the_served_value_is_the_training_value(tmp_path: Path, rng: np.random.Generator) -> None:

@@ -303,6 +303,8 @@ WINDOWS = (
 )
 WEEKS = (Rolling(7 * DAY), Hopping(7 * DAY, HOUR), Calendar(7, "day", "America/New_York"))
 """A week of each kind."""
+WEEKS_KEPT = (*((week, False) for week in WEEKS), *((week, True) for week in WEEKS if not isinstance(week, Rolling)))
+"""A week of each kind, with whether what is kept of it is in two parts, which it never is of a rolling one."""
 CHANGES = tuple(
     to_us(datetime.fromisoformat(text))
     for text in (
