@@ -287,7 +287,8 @@ WHERES = (
 )
 OFS = (*(col(name) for name in TYPES if name not in ("user_id", "region", "event_id")), col("amount") / col("small"))
 
-MICROSECOND, HOUR, DAY = timedelta(microseconds=1), timedelta(hours=1), timedelta(days=1)
+MICROSECOND, MINUTE = timedelta(microseconds=1), timedelta(minutes=1)
+HOUR, DAY = timedelta(hours=1), timedelta(days=1)
 WINDOWS = (
     Rolling(MICROSECOND),
     Rolling(HOUR),
