@@ -302,7 +302,7 @@ WINDOWS = (
     Calendar(2, "week", "Australia/Lord_Howe"),  # whose clocks change by half an hour
     Calendar(2, "month", "Asia/Kathmandu"),
 )
-WEEKS = (Rolling(7 * DAY), Hopping(7 * DAY, HOUR), Calendar(7, "day", "America/New_York"))
+WEEKS: tuple[Window, ...] = (Rolling(7 * DAY), Hopping(7 * DAY, HOUR), Calendar(7, "day", "America/New_York"))
 """A week of each kind."""
 WEEKS_KEPT = (*((week, False) for week in WEEKS), *((week, True) for week in WEEKS if not isinstance(week, Rolling)))
 """A week of each kind, with whether what is kept of it is in two parts, which it never is of a rolling one."""
@@ -337,11 +337,13 @@ def make_history(
     source: Source | None = None,
     lonely: bool = False,
     in_parts: bool = False,
+    corrected: bool = False,
 ) -> History:
     """Return a random view over a handful of ``windows`` with a history.
 
     ``source``: that of the view's events. ``lonely``: one entity has all events. ``in_parts``: the view is one of those
-    whose records, if they may be long, are kept in two parts.
+    whose records, if they may be long, are kept in two parts. ``corrected``: an event that is repeated may be so at
+    another time, or of another entity.
     """
     view = make_view(rng, windows, source, in_parts)
     base = CHANGES[rng.integers(len(CHANGES))]
@@ -358,9 +360,13 @@ def make_history(
         if made and rng.random() < 0.15:
             twin = made[rng.integers(len(made))]
             event_time, values = twin.event_time_us, dict(twin.values)
+            if corrected and rng.random() < 0.3:
+                event_time = instants[rng.integers(len(instants))]
             known_at = _known_at(rng, event_time)
             if rng.random() < 0.2:
                 values["user_id"] = None
+            elif corrected and rng.random() < 0.3:
+                values |= {name: pools[name][rng.integers(len(pools[name]))] for name in ("user_id", "region")}
         made.append(Event(event_time, known_at, sequence, values))
     times = [*instants, *(t for e in made for t in (e.known_at_us, e.known_at_us - 1))]
     keys = [pools[name] for name in view.entity.keys]
