@@ -33,10 +33,12 @@ from tests.windows_model import (
     HOUR_US,
     POOLS,
     TYPES,
+    WEEKS,
     WEEKS_KEPT,
     WINDOWS,
     Answer,
     Event,
+    History,
     answers,
     distinct,
     edge_history,
@@ -385,36 +387,53 @@ def test_edges_at_clock_changes(rng: np.random.Generator) -> None:
         check(view, history.events, keys, time_us, got)
 
 
-def test_the_served_value_is_the_training_value(tmp_path: Path, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("every", [False, True])
+@pytest.mark.parametrize("kept_in", ["memory", "rocksdb"])
+def test_the_served_value_is_the_training_value(
+    tmp_path: Path, rng: np.random.Generator, kept_in: str, every: bool
+) -> None:
     """At one instant, records of events that were pushed or loaded by then hold what a training frame has at it.
 
-    Sums, means and deviations of floats as nearly as the contract says, all else exactly.
+    Events that have an id are pushed with their copies, and again. ``every``: each aggregate over each kind of window,
+    else random ones. Sums, means and deviations of floats as nearly as the contract says, all else exactly.
     """
-    for _ in range(3):
-        history = make_history(rng, source=HISTORY)
-        view, service = history.view, FeatureService("windows", [history.view], dtype=Float64)
-        assert view.events is not None
-        write_history(tmp_path, view.events.types, history.events)
-        plans, store = Plans(snapshot_of([view], [service])), MemoryStore()
-        asked = sorted({t for t, _ in history.asked})[::6]
-        keys = list(dict.fromkeys(key for _, key in history.asked if None not in key))
-        given = {name: [key[i] for key in keys] for i, name in enumerate(view.entity.keys)}
-        labels = {name: values * len(asked) for name, values in given.items()}
-        labels["at"] = [from_us(t) for t in asked for _ in keys]
-        with closing(open_engine("duckdb")) as offline:
-            frame = training_frame(offline, service, labels, "at", root=tmp_path).to_pydict()
-        engine, pushable = Engine(store, plans), distinct(view, history.events) if view.events.event_id else []
-        for n, time_us in enumerate(asked):
-            come = [e for e in pushable if e.available[0] <= time_us and rng.random() < 0.3]
-            if come:
-                arrival = arrival_of(view.events.types, come)
-                engine.push(plans.events("events"), arrival, now_us=time_us, max_future_skew_us=0)
-            load_windows(store, plans.windows(view), tmp_path, time_us)
-            matrix = engine.read(plans.service("windows"), EntityKeys.of(given, view.entity.keys), time_us, as_of=True)
-            served = matrix.to_dict()
-            for i, key in enumerate(keys):
-                _, expected = answers(view, history.events, key, time_us)
-                for f in view.features:
-                    name = f"{view.name}.{f.name}"
-                    trained = Answer(frame[name][n * len(keys) + i], expected[f.name].slack)
-                    assert trained.agrees(served[name][i]), (time_us, key, name, trained, served[name][i])
+    for number in range(1 if every else 3):
+        history = make_history(rng, source=HISTORY, asked=24 if every else 60)
+        if every:
+            made = [replace(a, name=f"{a.name}_{n}") for n, week in enumerate(WEEKS) for a in every_aggregate(week)]
+            history = replace(history, view=replace(history.view, aggregates=made, features=()))
+        path = tmp_path / f"store {number}"
+        store: OnlineStore = MemoryStore() if kept_in == "memory" else open_store(path, "write", block_cache_mb=8)
+        with closing(store):
+            serve_and_train(rng, history, store, tmp_path)
+
+
+def serve_and_train(rng: np.random.Generator, history: History, store: OnlineStore, folder: Path) -> None:
+    """Push, load and read a history at instants one after the other, and hold what is read against a training frame."""
+    view, service = history.view, FeatureService("windows", [history.view], dtype=Float64)
+    assert view.events is not None
+    write_history(folder, view.events.types, history.events)
+    plans = Plans(snapshot_of([view], [service]))
+    asked = sorted({t for t, _ in history.asked})[::6]
+    keys = list(dict.fromkeys(key for _, key in history.asked if None not in key))
+    given = {name: [key[i] for key in keys] for i, name in enumerate(view.entity.keys)}
+    labels = {name: values * len(asked) for name, values in given.items()}
+    labels["at"] = [from_us(t) for t in asked for _ in keys]
+    with closing(open_engine("duckdb")) as offline:
+        frame = training_frame(offline, service, labels, "at", root=folder).to_pydict()
+    engine, pushable = Engine(store, plans), history.events if view.events.event_id else []
+    for n, time_us in enumerate(asked):
+        ids = {id_ for id_ in sorted(ids_of(pushable)) if rng.random() < 0.3}
+        come = [e for e in pushable if e.values["event_id"] in ids and e.available[0] <= time_us]
+        for repeated in (come, come[::2]) if come else ():
+            arrival = arrival_of(view.events.types, [repeated[i] for i in rng.permutation(len(repeated))])
+            engine.push(plans.events("events"), arrival, now_us=time_us, max_future_skew_us=0)
+        load_windows(store, plans.windows(view), folder, time_us)
+        matrix = engine.read(plans.service("windows"), EntityKeys.of(given, view.entity.keys), time_us, as_of=True)
+        served = matrix.to_dict()
+        for i, key in enumerate(keys):
+            _, expected = answers(view, history.events, key, time_us)
+            for f in view.features:
+                name = f"{view.name}.{f.name}"
+                trained = Answer(frame[name][n * len(keys) + i], expected[f.name].slack)
+                assert trained.agrees(served[name][i]), (time_us, key, name, trained, served[name][i])
