@@ -290,15 +290,26 @@ def _distinct_count(type: Type | None) -> Aggregator | None:
     )
 
 
-AGGREGATES: Mapping[str, Callable[[Type | None], Aggregator | None]] = {
-    "count": _count,
-    "sum": _sum,
-    "mean": _mean,
-    "min": _extreme("min", np.minimum),
-    "max": _extreme("max", np.maximum),
-    "first": _end(last=False),
-    "last": _end(last=True),
-    "stddev": _stddev,
-    DISTINCT_COUNT: _distinct_count,
+@dataclass(frozen=True, slots=True)
+class Function:
+    """An aggregate by its name, of whatever it takes. ``empty``: its value where no event counts."""
+
+    of: Callable[[Type | None], Aggregator | None]
+    empty: int | None = None
+
+    def __call__(self, type: Type | None) -> Aggregator | None:
+        """Return that of values of a type (None: of events, with no value); None where there is no such one."""
+        return self.of(type)
+
+
+AGGREGATES: Mapping[str, Function] = {
+    "count": Function(_count, empty=0),
+    "sum": Function(_sum),
+    "mean": Function(_mean),
+    "min": Function(_extreme("min", np.minimum)),
+    "max": Function(_extreme("max", np.maximum)),
+    "first": Function(_end(last=False)),
+    "last": Function(_end(last=True)),
+    "stddev": Function(_stddev),
+    DISTINCT_COUNT: Function(_distinct_count, empty=0),
 }
-"""By name, the aggregate of values of a type (None: of events, with no value); None where there is no such one."""

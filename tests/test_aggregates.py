@@ -138,6 +138,12 @@ def test_sql_form(rng: np.random.Generator, function: str, type: Type) -> None:
         assert oracle(function, type, events).agrees(value), (function, rows, value)
 
 
+@pytest.mark.parametrize(("function", "type"), CASES)
+def test_each_function_says_what_it_is_of_nothing(function: str, type: Type) -> None:
+    """What an entry has as its empty value is the oracle's of no event."""
+    assert AGGREGATES[function].empty == oracle(function, type, []).value
+
+
 def test_each_function_says_what_it_takes() -> None:
     """Numbers are summed and averaged, whatever has an order has a least and a greatest, no vector is aggregated."""
     takes = {function: {str(type) for type in TYPES.values() if made(type)} for function, made in AGGREGATES.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from featserve import backfill
 from featserve.backfill import load_windows
 from featserve.batch import Arrival, EntityKeys, Pushed
+from featserve.codec import encode_keys
 from featserve.definitions import (
     Aggregate,
     Calendar,
@@ -30,6 +32,7 @@ from featserve.engine import Engine
 from featserve.errors import InvalidRequest, SourceError
 from featserve.materialize import Loaded, visible_batches
 from featserve.plan import Plans
+from featserve.series import LONG_BYTES
 from featserve.store.memory import MemoryStore
 from featserve.types import Float64, Int64, String, column
 from tests.random_data import snapshot_of
@@ -51,6 +54,16 @@ SHOPS = FeatureView(
     aggregates=[
         Aggregate("n", "count", over=Hopping(WEEK, timedelta(days=1))),
         Aggregate("month", "count", over=Calendar(1, "month", "UTC")),
+    ],
+)
+
+HOURS = FeatureView(
+    "hours",
+    Entity("user", {"user_id": Int64}),
+    events=replace(EVENTS, event_id=None),
+    aggregates=[
+        Aggregate("n", "count", over=Hopping(WEEK, timedelta(hours=1))),
+        Aggregate("shops", "sum", "shop", over=Calendar(7, "day", "UTC")),
     ],
 )
 
@@ -221,6 +234,28 @@ def test_a_push_counts_in_every_view_or_in_none(tmp_path: Path) -> None:
     assert world.get(1) == {"shops.n": [4], "shops.month": [4], "users.n": [4]}
     assert world.push((2, "5", 1), (2, "6", 1)) == Pushed(2, 2, 0, 0)
     assert world.get(1) == {"shops.n": [6], "shops.month": [6], "users.n": [4]}
+
+
+def test_what_is_kept_of_an_entity_stays_bounded(tmp_path: Path) -> None:
+    """However many events are pushed, what is kept of their entity is of as many buckets as its windows have.
+
+    What came lately is longer than declared by what one push adds, at most.
+    """
+    world = World(tmp_path, HOURS)
+    plan, (key,) = world.plans.windows(HOURS), encode_keys([column(Int64, [1])])
+    assert plan.recent is not None
+    assert plan.pushed is not None
+    names = [prefix + key for prefix in (plan.recent, plan.pushed, plan.records)]
+    sizes, minutes = [], np.arange(60_000)
+    for some in minutes.reshape(600, 100).tolist():
+        assert world.push(*((1, "", minute / 1_440) for minute in some)).counted == len(some)
+        sizes.append([len(row or b"") for row in world.store.read_many(names)])
+    recent, pushed, records = np.max(sizes, axis=0).tolist()
+    empty, widths = len(plan.codec.empty), [8 * series.width for series in plan.codec.layout.series]
+    assert LONG_BYTES < recent <= LONG_BYTES + 3 * sum(widths)
+    assert pushed == records == empty + 169 * widths[0] + 7 * widths[1]
+    hour, day = 60_000 // 60 - 168, 60_000 // 1_440 - 6
+    assert world.get(60_000 / 1_440) == {"hours.n": [60_000 - hour * 60], "hours.shops": [60_000 - day * 1_440]}
 
 
 def test_a_request_of_windows_is_one_read(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -26,9 +27,9 @@ from featserve.errors import CorruptRow, InvalidRequest
 from featserve.finals import ROW_BYTES
 from featserve.folding import beyond, fold, settled, unite
 from featserve.records import RecordCodec
-from featserve.series import Events, Pool, events_of
+from featserve.series import MAX_WAITING, Events, Pool, events_of
 from featserve.types import NEVER_US, Column, Float64, Int64, String, column, to_us
-from tests.windows_model import WEEKS, Event, answers, distinct, every_aggregate, make_history
+from tests.windows_model import WEEKS_KEPT, Event, answers, distinct, every_aggregate, make_history
 
 
 def batch_of(view: FeatureView, events: Sequence[Event]) -> EventBatch:
@@ -110,11 +111,16 @@ def test_records_read_as_the_oracle_says(seed: int, in_parts: bool) -> None:
             world.check(keys, int(rng.integers(now_us, later + 1)))
 
 
-@pytest.mark.parametrize("window", WEEKS, ids=lambda window: type(window).__name__)
-def test_every_function_over_every_kind(rng: np.random.Generator, window: Window) -> None:
-    """Each aggregate of each column that it takes, over each kind of window, is the oracle's after every fold."""
+@pytest.mark.parametrize(("window", "in_parts"), WEEKS_KEPT, ids=str)
+def test_every_function_over_every_kind(rng: np.random.Generator, window: Window, in_parts: bool) -> None:
+    """Each aggregate of each column that it takes, over each kind of window, is the oracle's after every fold.
+
+    In two parts, too, where there is an aggregate that may be kept so.
+    """
     history = make_history(rng, events=150, windows=[window])
-    world = World(replace(history.view, aggregates=every_aggregate(window), features=()))
+    view = replace(history.view, aggregates=every_aggregate(window, in_parts), features=())
+    world = World(view, rng if in_parts else None)
+    assert world.codec.layout.in_parts == in_parts
     events = distinct(history.view, history.events)
     clocks = sorted(t for t, _ in history.asked)[::6]
     keys = list(dict.fromkeys(key for _, key in history.asked))
@@ -164,16 +170,21 @@ def test_a_million_events_of_one_entity_stay_bounded() -> None:
     codec, record = RecordCodec(view), RecordCodec(view).empty
     now_us = to_us(datetime(2026, 3, 1, tzinfo=UTC))
     every_us = 30 * 86_400_000_000 // 1_000_000
+    amounts: list[float] = []
     for start in range(0, 1_000_000, 250_000):
         batch = clicks([now_us - every_us * (999_999 - i) for i in range(start, start + 250_000)])
+        amounts += batch.columns["amount"].to_list()
         record, problem = folded(codec, record, batch, now_us)
         assert problem is None
     assert len(record) < 16_384
     rows = codec.read([record], now_us)
-    assert rows.column(Int64, codec.rows.place["count"], None).to_list() == [
-        sum(1 for i in range(1_000_000) if now_us - every_us * i >= now_us - 7 * 86_400_000_000)
-    ]
-    assert rows.column(Int64, codec.rows.place["pages"], None).to_list() == [5]
+    read = {f.name: rows.column(f.type, codec.rows.place[f.name], None).to_list() for f in view.features}
+    week, month = (
+        sum(now_us - every_us * i >= to_us(first) for i in range(1_000_000))
+        for first in (datetime(2026, 2, 22, tzinfo=UTC), datetime(2026, 1, 30, 23, tzinfo=UTC))
+    )
+    total, size = math.fsum(amounts[-month:]), math.fsum(map(abs, amounts[-month:]))
+    assert read == {"count": [week], "sum": [pytest.approx(total, abs=1e-12 * size)], "last": ["page 4"], "pages": [5]}
 
 
 def test_bounds_hold_exactly() -> None:
@@ -197,6 +208,11 @@ def test_bounds_hold_exactly() -> None:
     assert folded(codec, codec.empty, clicks(spread[:4], list("abcd")), now_us)[1] is None
     assert "would hold 5 distinct values" in str(
         folded(codec, codec.empty, clicks(spread[:5], list("abcde")), now_us)[1]
+    )
+    codec = RecordCodec(clicks_of(Aggregate("day", "count", over=Hopping(DAY, HOUR))))
+    assert folded(codec, codec.empty, clicks([now_us] + [now_us + 1] * MAX_WAITING), now_us)[1] is None
+    assert "10,001 events of it would wait to become visible; the most is 10,000" in str(
+        folded(codec, codec.empty, clicks([now_us + 1] * (MAX_WAITING + 1)), now_us)[1]
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -60,7 +61,8 @@ def total(**rest: Any) -> Aggregate:
 
 
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
-    "no window": (lambda: total(over=WEEK), "is not a window; say which: Rolling, Calendar or Hopping"),
+    "no window": (lambda: Aggregate("total", "sum", "paid"), "'total': .* say which: Rolling, Calendar or Hopping"),
+    "a duration": (lambda: total(over=WEEK), "is not a window; say which: Rolling, Calendar or Hopping"),
     "no such function": (lambda: Aggregate("n", "cuont", over=Rolling(WEEK)), "unknown aggregate 'cuont'.*count"),
     "sum of nothing": (lambda: total(of=None), "of is required"),
     "sum of a string": (lambda: view(total(of="shop")), "there is no sum of string"),
@@ -119,15 +121,20 @@ def test_the_hash_covers_the_meaning() -> None:
         total(over=Rolling(WEEK + HOUR)),
         total(over=Rolling(WEEK, max_events=5)),
         total(over=Hopping(WEEK, HOUR)),
+        total(over=Hopping(WEEK, 2 * HOUR)),
         total(over=Calendar(7, "day", "UTC")),
+        total(over=Calendar(6, "day", "UTC")),
+        total(over=Calendar(7, "week", "UTC")),
         total(over=Calendar(7, "day", "America/New_York")),
         total(of=col("paid") * 2),
         total(where=col("gift")),
         total(default=0.0),
         Aggregate("total", "mean", "paid", over=Rolling(WEEK)),
+        *(Aggregate("total", "distinct_count", "paid", over=Rolling(WEEK), max_distinct=most) for most in (5, 6)),
     ]
     changed = [view(a).hash for a in others]
     changed.append(view(total(), events=EventSource("orders", FIELDS, source=SOURCE)).hash)
+    changed.append(view(total(), events=replace(ORDERS, version=2)).hash)
     assert len({base.hash, *changed}) == len(changed) + 1
     assert view(total(description="What was paid")).hash == base.hash
     assert view(total(description="What was paid")) != base

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -19,7 +19,7 @@ from featserve import push, series
 from featserve.arrow import column_to_arrow
 from featserve.backfill import load_windows
 from featserve.batch import Arrival, EntityKeys
-from featserve.definitions import Calendar, FeatureService, FeatureView, Hopping, ParquetSource, Rolling
+from featserve.definitions import Calendar, FeatureService, FeatureView, Hopping, ParquetSource, Rolling, Window
 from featserve.engine import Engine
 from featserve.errors import InvalidRequest
 from featserve.offline import open_engine
@@ -33,12 +33,16 @@ from tests.windows_model import (
     HOUR_US,
     POOLS,
     TYPES,
+    WEEKS,
+    WEEKS_KEPT,
     WINDOWS,
     Answer,
     Event,
+    History,
     answers,
     distinct,
     edge_history,
+    every_aggregate,
     make_history,
     make_view,
     start_us,
@@ -73,6 +77,21 @@ def write_history(folder: Path, types: dict[str, Type], events: Sequence[Event])
     for name in ("event_time", "known_at"):
         table[name] = pa.array([getattr(e, f"{name}_us") for e in events], pa.int64()).cast(pa.timestamp("us"))
     pq.write_table(pa.table(table), folder / "history.parquet")
+
+
+def check(
+    view: FeatureView, events: Sequence[Event], keys: Sequence[Any], time_us: int, got: Mapping[str, Sequence[Any]]
+) -> list[int]:
+    """Hold what is read of some entities at an instant against the oracle; return the event times that it gives."""
+    times = []
+    for i, key in enumerate(keys):
+        newest, expected = answers(view, events, key, time_us)
+        times.append(NEVER_US if newest is None else newest)
+        for aggregate in view.aggregates:
+            value = got[f"{view.name}.{aggregate.name}"][i]
+            value = to_us(value) if isinstance(value, datetime) else value
+            assert expected[aggregate.name].agrees(value), (key, time_us, aggregate, value, expected[aggregate.name])
+    return times
 
 
 class Counted:
@@ -165,7 +184,7 @@ class Online:
         self.instants = [t for t, _ in self.history.asked]
         self.clocks = sorted(self.instants)[rng.integers(len(self.instants) // (1 if in_parts else 2)) :]
         self.now_us = self.clocks[0]
-        self.sent, self.written, self.arrived = 0, 0, PUSHED_FROM
+        self.sent, self.written, self.arrived, self.answered = 0, 0, PUSHED_FROM, 0
 
     def opened(self) -> OnlineStore:
         return open_store(self.folder / "store", "write", block_cache_mb=8)
@@ -264,11 +283,13 @@ class Online:
         self.clocks = self.clocks[self.rng.integers(1, 12) :] or self.clocks[-1:]
         self.now_us = self.clocks[0]
 
-    def read(self) -> None:
-        """Read some entities as of now or of an instant before: what is answered is what the oracle says.
+    def read(self, time_us: int | None = None) -> None:
+        """Read some entities as of an instant, or of any up to now: what is answered is what the oracle says.
 
         Refused are only instants before the newest event that counts, or copy of one in the file.
         """
+        if time_us is None:
+            time_us = min(self.instants[self.rng.integers(len(self.instants))], self.now_us)
         name = ("one", "other", "both")[self.rng.integers(3)]
         views = {"one": self.views[:1], "other": self.views[1:], "both": self.views}[name]
         plan = self.plans.service(name)
@@ -276,7 +297,6 @@ class Online:
         entities = list(product(*([v for v in dict.fromkeys(POOLS[name]) if v is not None] for name in names)))
         rows = [dict(zip(names, entity, strict=True)) for entity in self.some(entities)]
         keys = [[tuple(row[name] for name in counted.view.entity.keys) for row in rows] for counted in views]
-        time_us = min(self.instants[self.rng.integers(len(self.instants))], self.now_us)
         given = EntityKeys.of({name: [row[name] for row in rows] for name in names}, names)
         try:
             matrix = Engine(self.store, self.plans).read(plan, given, time_us, as_of=True, event_times=True)
@@ -284,18 +304,13 @@ class Online:
             known = (c.known_since_us(key, self.now_us) for c, own in zip(views, keys, strict=True) for key in own)
             assert time_us < max(known)
             return
+        self.answered += 1
         got = matrix.to_dict()
         assert (matrix.view_status == 1).all()
         assert matrix.event_times is not None
         for n, (counted, own) in enumerate(zip(views, keys, strict=True)):
-            view, events = counted.view, counted.all()
-            for i, key in enumerate(own):
-                newest, expected = answers(view, events, key, time_us)
-                assert matrix.event_times[i, n] == (NEVER_US if newest is None else newest)
-                for aggregate in view.aggregates:
-                    value = got[f"{view.name}.{aggregate.name}"][i]
-                    value = to_us(value) if isinstance(value, datetime) else value
-                    assert expected[aggregate.name].agrees(value), (key, time_us, aggregate, value, expected)
+            newest = check(counted.view, counted.all(), own, time_us, got)
+            assert matrix.event_times[:, n].tolist() == newest
 
     def some(self, entities: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
         """Return one or two entities, or all."""
@@ -314,10 +329,41 @@ def test_any_order_of_pushes_loads_and_reads(
         monkeypatch.setattr(module, "LONG_BYTES", long_bytes)
     online = Online(rng, tmp_path, in_parts)
     try:
-        for _ in range(40):
-            online.step()
+        for _ in range(5):
+            for _ in range(8):
+                online.step()
+            online.read(online.now_us)
+        assert online.answered >= 5
     finally:
         online.store.close()
+
+
+@pytest.mark.parametrize(("window", "in_parts"), WEEKS_KEPT, ids=str)
+def test_every_function_over_every_kind(
+    rng: np.random.Generator, tmp_path: Path, window: Window, in_parts: bool
+) -> None:
+    """Each aggregate of each column that it takes, over each kind of window, pushed and loaded, is the oracle's."""
+    history = make_history(rng, events=150, windows=[window], source=HISTORY)
+    view = replace(history.view, aggregates=every_aggregate(window, in_parts), features=())
+    plans = Plans(snapshot_of([view], [FeatureService("windows", [view], dtype=Float64)]))
+    assert plans.windows(view).codec.layout.in_parts == in_parts
+    assert view.events is not None
+    events = [replace(e, sequence=position) for position, e in enumerate(distinct(view, history.events))]
+    pushed_us, half = NEVER_US, len(events) // 2
+    write_history(tmp_path, view.events.types, events[:half])
+    keys = list(dict.fromkeys(key for _, key in history.asked if None not in key))
+    given = EntityKeys.of({n: [key[i] for key in keys] for i, n in enumerate(view.entity.keys)}, view.entity.keys)
+    for time_us in sorted({t for t, _ in history.asked})[::6]:
+        with closing(open_store(tmp_path / "store", "write", block_cache_mb=8)) as store:
+            come = [e for e in events[half:] if pushed_us < e.available[0] <= time_us]
+            for some in np.array_split(rng.permutation(len(come)), 3):
+                arrival = arrival_of(view.events.types, [come[i] for i in some])
+                Engine(store, plans).push(plans.events("events"), arrival, now_us=time_us, max_future_skew_us=0)
+            load_windows(store, plans.windows(view), tmp_path, time_us)
+            pushed_us = time_us
+        with closing(open_store(tmp_path / "store", "read", block_cache_mb=8)) as store:
+            got = Engine(store, plans).read(plans.service("windows"), given, time_us, as_of=True).to_dict()
+        check(view, events, keys, time_us, got)
 
 
 def test_edges_at_clock_changes(rng: np.random.Generator) -> None:
@@ -338,42 +384,56 @@ def test_edges_at_clock_changes(rng: np.random.Generator) -> None:
         pushed_us = time_us
         given = EntityKeys.of({"user_id": [key[0] for key in keys]}, view.entity.keys)
         got = engine.read(plans.service("windows"), given, time_us, as_of=True).to_dict()
-        for i, key in enumerate(keys):
-            _, expected = answers(view, history.events, key, time_us)
-            for name, answer in expected.items():
-                assert answer.agrees(got[f"{view.name}.{name}"][i]), (time_us, key, name, answer)
+        check(view, history.events, keys, time_us, got)
 
 
-def test_the_served_value_is_the_training_value(tmp_path: Path, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("every", [False, True])
+@pytest.mark.parametrize("kept_in", ["memory", "rocksdb"])
+def test_the_served_value_is_the_training_value(
+    tmp_path: Path, rng: np.random.Generator, kept_in: str, every: bool
+) -> None:
     """At one instant, records of events that were pushed or loaded by then hold what a training frame has at it.
 
-    Sums, means and deviations of floats as nearly as the contract says, all else exactly.
+    Events that have an id are pushed with their copies, and again. ``every``: each aggregate over each kind of window,
+    else random ones. Sums, means and deviations of floats as nearly as the contract says, all else exactly.
     """
-    for _ in range(3):
-        history = make_history(rng, source=HISTORY)
-        view, service = history.view, FeatureService("windows", [history.view], dtype=Float64)
-        assert view.events is not None
-        write_history(tmp_path, view.events.types, history.events)
-        plans, store = Plans(snapshot_of([view], [service])), MemoryStore()
-        asked = sorted({t for t, _ in history.asked})[::6]
-        keys = list(dict.fromkeys(key for _, key in history.asked if None not in key))
-        given = {name: [key[i] for key in keys] for i, name in enumerate(view.entity.keys)}
-        labels = {name: values * len(asked) for name, values in given.items()}
-        labels["at"] = [from_us(t) for t in asked for _ in keys]
-        with closing(open_engine("duckdb")) as offline:
-            frame = training_frame(offline, service, labels, "at", root=tmp_path).to_pydict()
-        engine, pushable = Engine(store, plans), distinct(view, history.events) if view.events.event_id else []
-        for n, time_us in enumerate(asked):
-            come = [e for e in pushable if e.available[0] <= time_us and rng.random() < 0.3]
-            if come:
-                arrival = arrival_of(view.events.types, come)
-                engine.push(plans.events("events"), arrival, now_us=time_us, max_future_skew_us=0)
-            load_windows(store, plans.windows(view), tmp_path, time_us)
-            matrix = engine.read(plans.service("windows"), EntityKeys.of(given, view.entity.keys), time_us, as_of=True)
-            served = matrix.to_dict()
-            for i, key in enumerate(keys):
-                _, expected = answers(view, history.events, key, time_us)
-                for f in view.features:
-                    name = f"{view.name}.{f.name}"
-                    trained = Answer(frame[name][n * len(keys) + i], expected[f.name].slack)
-                    assert trained.agrees(served[name][i]), (time_us, key, name, trained, served[name][i])
+    for number in range(1 if every else 3):
+        history = make_history(rng, source=HISTORY, asked=24 if every else 60)
+        if every:
+            made = [replace(a, name=f"{a.name}_{n}") for n, week in enumerate(WEEKS) for a in every_aggregate(week)]
+            history = replace(history, view=replace(history.view, aggregates=made, features=()))
+        path = tmp_path / f"store {number}"
+        store: OnlineStore = MemoryStore() if kept_in == "memory" else open_store(path, "write", block_cache_mb=8)
+        with closing(store):
+            serve_and_train(rng, history, store, tmp_path)
+
+
+def serve_and_train(rng: np.random.Generator, history: History, store: OnlineStore, folder: Path) -> None:
+    """Push, load and read a history at instants one after the other, and hold what is read against a training frame."""
+    view, service = history.view, FeatureService("windows", [history.view], dtype=Float64)
+    assert view.events is not None
+    write_history(folder, view.events.types, history.events)
+    plans = Plans(snapshot_of([view], [service]))
+    asked = sorted({t for t, _ in history.asked})[::6]
+    keys = list(dict.fromkeys(key for _, key in history.asked if None not in key))
+    given = {name: [key[i] for key in keys] for i, name in enumerate(view.entity.keys)}
+    labels = {name: values * len(asked) for name, values in given.items()}
+    labels["at"] = [from_us(t) for t in asked for _ in keys]
+    with closing(open_engine("duckdb")) as offline:
+        frame = training_frame(offline, service, labels, "at", root=folder).to_pydict()
+    engine, pushable = Engine(store, plans), history.events if view.events.event_id else []
+    for n, time_us in enumerate(asked):
+        ids = {id_ for id_ in sorted(ids_of(pushable)) if rng.random() < 0.3}
+        come = [e for e in pushable if e.values["event_id"] in ids and e.available[0] <= time_us]
+        for repeated in (come, come[::2]) if come else ():
+            arrival = arrival_of(view.events.types, [repeated[i] for i in rng.permutation(len(repeated))])
+            engine.push(plans.events("events"), arrival, now_us=time_us, max_future_skew_us=0)
+        load_windows(store, plans.windows(view), folder, time_us)
+        matrix = engine.read(plans.service("windows"), EntityKeys.of(given, view.entity.keys), time_us, as_of=True)
+        served = matrix.to_dict()
+        for i, key in enumerate(keys):
+            _, expected = answers(view, history.events, key, time_us)
+            for f in view.features:
+                name = f"{view.name}.{f.name}"
+                trained = Answer(frame[name][n * len(keys) + i], expected[f.name].slack)
+                assert trained.agrees(served[name][i]), (time_us, key, name, trained, served[name][i])

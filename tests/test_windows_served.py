@@ -6,6 +6,7 @@ import itertools
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -312,8 +313,40 @@ def test_files_are_pushed_from_the_command_line(tmp_path: Path) -> None:
             assert client.get("users", {"user_id": [1]}).to_dict()["spent.sum"] == [4.5]
 
 
+MESSAGES, EVENTS = 3, 10
+"""Messages on a stream, and orders in a message; the first message's are for 1.0 each, the second's for 2.0, ..."""
+
+
+def stream(user: int, number: int) -> list[dict[str, list[Any]]]:
+    """Return the messages of a user's stream, in a shop of the user's own; they are known by their ids."""
+    return [
+        orders(
+            [f"{user} {number} {message} {i}" for i in range(EVENTS)],
+            user_id=[user] * EVENTS,
+            shop=[f"shop {user}"] * EVENTS,
+            amount=[message + 1.0] * EVENTS,
+        )
+        for message in range(MESSAGES)
+    ]
+
+
+def totals(streams: int, messages: int = 0) -> tuple[int, float, int]:
+    """Return the orders of a user, their sum and those of the shop after so many streams, and messages of the next."""
+    events = EVENTS * (MESSAGES * streams + messages)
+    paid = EVENTS * (streams * sum(range(MESSAGES + 1)) + sum(range(messages + 1)))
+    return events, float(paid), events
+
+
+def counted(reader: featserve.Client | featserve.Embedded) -> list[tuple[int, float, int]]:
+    """Return what ``totals`` does, as users 0 and 1 are served it."""
+    users = reader.get("users", {"user_id": [0, 1]}).to_dict()
+    shops = reader.get("shops", {"shop": ["shop 0", "shop 1"]}).to_dict()
+    paid = [total or 0.0 for total in users["spent.sum"]]
+    return list(zip(users["spent.orders"], paid, shops["earned.orders"], strict=True))
+
+
 class Pusher(threading.Thread):
-    """Streams groups of orders to a server until it is gone, the unacknowledged ones again first."""
+    """Sends a user's streams to a server until it is gone; each is acknowledged at its end."""
 
     def __init__(self, server: Server, user: int, acknowledged: int) -> None:
         super().__init__()
@@ -321,38 +354,58 @@ class Pusher(threading.Thread):
         self.error: FeatserveError | None = None
 
     def run(self) -> None:
-        with self._server.client() as client:
+        with self._server.client(timeout=30.0) as client:
             try:
-                for group in itertools.count(self.acknowledged):
-                    ids = [f"{self._user} {group} {i}" for i in range(20)]
-                    come = orders(ids, user_id=[self._user] * 20, shop=[f"shop {self._user}"] * 20)
-                    client.push_stream("orders", [come], event_time=datetime.now(UTC), timeout=30.0)
-                    self.acknowledged = group + 1
+                for number in itertools.count(self.acknowledged):
+                    client.push_stream("orders", stream(self._user, number), event_time=datetime.now(UTC))
+                    self.acknowledged = number + 1
             except FeatserveError as error:
                 self.error = error
 
 
+def killed(server: Server, streams: Sequence[int], seconds: float) -> list[int]:
+    """Kill a server that two users send streams to; return how many streams of each it has acknowledged by then."""
+    pushers = [Pusher(server, user, acknowledged) for user, acknowledged in enumerate(streams)]
+    for pusher in pushers:
+        pusher.start()
+    threading.Event().wait(seconds)
+    server.kill()
+    for pusher in pushers:
+        pusher.join()
+        assert isinstance(pusher.error, ServingError), pusher.error
+    return [pusher.acknowledged for pusher in pushers]
+
+
 @pytest.mark.parametrize("kills", [1, pytest.param(50, marks=pytest.mark.slow)])
 def test_a_killed_server_loses_no_event_and_counts_none_twice(
-    project: Project, rng: np.random.Generator, kills: int
+    project: Project, transport: str, rng: np.random.Generator, kills: int
 ) -> None:
-    """Killed while events stream in, again and again: what was acknowledged counts, what is repeated counts once."""
-    acknowledged = [0, 0]
-    for turn in range(kills):
-        with Server(project) as server:
-            pushers = [Pusher(server, user, acknowledged[user]) for user in (0, 1)]
-            for pusher in pushers:
-                pusher.start()
-            threading.Event().wait(rng.uniform(0.05, 0.5))
-            server.kill()
-            for pusher in pushers:
-                pusher.join()
-                assert isinstance(pusher.error, ServingError), pusher.error
-            acknowledged = [pusher.acknowledged for pusher in pushers]
-        with featserve.open(project.folder) as embedded:
-            counted = embedded.get("users", {"user_id": [0, 1]}).to_dict()["spent.orders"]
-        for count, groups in zip(counted, acknowledged, strict=True):
-            assert count in (20 * groups, 20 * (groups + 1)), f"turn {turn}"
-        if 20 * max(acknowledged) > 4_000:  # before a rolling window is full, others go on
-            project = Project.make(project.folder.parent / f"project {turn}", DEFINITIONS)
-            acknowledged = [0, 0]
+    """Killed while events stream in: streams that were acknowledged count, and of the next one its first messages.
+
+    That one is sent again to the server that comes after: then it counts, too, in every view, and once.
+    """
+    streams, cut = [0, 0], 0
+    with ExitStack() as stack:
+        server = stack.enter_context(Server(project))
+        for turn in range(kills):
+            streams = killed(server, streams, rng.uniform(0.05, 0.5))
+            with featserve.open(project.folder) as embedded:
+                found = counted(embedded)
+            written = []
+            for user in (0, 1):
+                written += [n for n in range(MESSAGES + 1) if found[user] == totals(streams[user], n)]
+            assert len(written) == 2, f"turn {turn}: {found} after {streams} streams"
+            cut += sum(0 < messages < MESSAGES for messages in written)
+            server = stack.enter_context(Server(project))
+            with server.client() as client:
+                for user, messages in enumerate(written):
+                    again = client.push_stream("orders", stream(user, streams[user]), event_time=datetime.now(UTC))
+                    known = EVENTS * messages
+                    assert again == Pushed(EVENTS * MESSAGES, EVENTS * MESSAGES - known, known, 0), f"turn {turn}"
+                streams = [acknowledged + 1 for acknowledged in streams]
+                assert counted(client) == [totals(acknowledged) for acknowledged in streams], f"turn {turn}"
+            if EVENTS * MESSAGES * max(streams) > 3_000:  # before a rolling window is full, others go on
+                server.close()
+                project = Project.make(project.folder.parent / f"project {turn}", DEFINITIONS, **TRANSPORTS[transport])
+                server, streams = stack.enter_context(Server(project)), [0, 0]
+    assert cut or kills == 1, "no kill came between the messages of a stream"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from fractions import Fraction
@@ -18,7 +18,7 @@ from zoneinfo import ZoneInfo
 
 import numpy as np
 
-from featserve.aggregates import AGGREGATES
+from featserve.aggregates import AGGREGATES, DISTINCT_COUNT
 from featserve.definitions import (
     Aggregate,
     Calendar,
@@ -32,8 +32,9 @@ from featserve.definitions import (
     Source,
     Window,
     col,
+    type_of,
 )
-from featserve.types import Bool, Bytes, Float32, Float64, Int32, Int64, String, Timestamp, from_us, to_us
+from featserve.types import Bool, Bytes, Float32, Float64, Int32, Int64, String, Timestamp, Type, from_us, to_us
 
 HOUR_US = 3_600_000_000
 LEAST, MOST = -(2**63), 2**63 - 1
@@ -149,20 +150,28 @@ def aggregated(aggregate: Aggregate, seen: Iterable[Event], time_us: int) -> Ans
     events = [e for e in seen if start <= e.event_time_us <= time_us]
     if aggregate.where is not None:
         events = [e for e in events if value_of(aggregate.where, e.values) is True]
-    if aggregate.of is None:
-        return Answer(len(events))
-    assert isinstance(aggregate.of, Expression)
-    pairs = [(e, value) for e in events if (value := value_of(aggregate.of, e.values)) is not None]
-    values = [value for _, value in sorted(pairs, key=lambda pair: pair[0].order)]
-    if aggregate.function in ("count", "distinct_count"):
-        return Answer(len(values) if aggregate.function == "count" else len(set(values)))
-    if not values:
-        return Answer(None)
+    values: list[Any] = [True] * len(events)
+    if isinstance(aggregate.of, Expression):
+        ordered = [value_of(aggregate.of, e.values) for e in sorted(events, key=lambda event: event.order)]
+        values = [value for value in ordered if value is not None]
+    if aggregate.function in COUNTS:
+        return Answer(COUNTS[aggregate.function](values))
     if aggregate.function in ("sum", "mean", "stddev"):
-        return _moment(aggregate.function, values)
-    if aggregate.function in ("min", "max"):
-        return Answer(min(values) if aggregate.function == "min" else max(values))
-    return Answer(values[0] if aggregate.function == "first" else values[-1])
+        return _moment(aggregate.function, values) if values else Answer(None)
+    choice = CHOICES[aggregate.function]
+    return Answer(choice(values) if values else None)
+
+
+COUNTS: Mapping[str, Callable[[Sequence[Any]], int]] = {
+    "count": len,
+    "distinct_count": lambda values: len(set(values)),
+}
+CHOICES: Mapping[str, Callable[[Sequence[Any]], Any]] = {
+    "min": min,
+    "max": max,
+    "first": lambda values: values[0],
+    "last": lambda values: values[-1],
+}
 
 
 def _moment(function: str, values: Sequence[Any]) -> Answer:
@@ -278,11 +287,8 @@ WHERES = (
 )
 OFS = (*(col(name) for name in TYPES if name not in ("user_id", "region", "event_id")), col("amount") / col("small"))
 
-WORDS = {"kind", "body", "flag"}
-NOT_FOR = {"min": WORDS, "max": WORDS} | {function: {*WORDS, "at"} for function in ("sum", "mean", "stddev")}
-"""The columns that a function does not take."""
-
-MICROSECOND, HOUR, DAY = timedelta(microseconds=1), timedelta(hours=1), timedelta(days=1)
+MICROSECOND, MINUTE = timedelta(microseconds=1), timedelta(minutes=1)
+HOUR, DAY = timedelta(hours=1), timedelta(days=1)
 WINDOWS = (
     Rolling(MICROSECOND),
     Rolling(HOUR),
@@ -296,8 +302,10 @@ WINDOWS = (
     Calendar(2, "week", "Australia/Lord_Howe"),  # whose clocks change by half an hour
     Calendar(2, "month", "Asia/Kathmandu"),
 )
-WEEKS = (Rolling(7 * DAY), Hopping(7 * DAY, HOUR), Calendar(7, "day", "America/New_York"))
+WEEKS: tuple[Window, ...] = (Rolling(7 * DAY), Hopping(7 * DAY, HOUR), Calendar(7, "day", "America/New_York"))
 """A week of each kind."""
+WEEKS_KEPT = (*((week, False) for week in WEEKS), *((week, True) for week in WEEKS if not isinstance(week, Rolling)))
+"""A week of each kind, with whether what is kept of it is in two parts, which it never is of a rolling one."""
 CHANGES = tuple(
     to_us(datetime.fromisoformat(text))
     for text in (
@@ -329,11 +337,13 @@ def make_history(
     source: Source | None = None,
     lonely: bool = False,
     in_parts: bool = False,
+    corrected: bool = False,
 ) -> History:
     """Return a random view over a handful of ``windows`` with a history.
 
     ``source``: that of the view's events. ``lonely``: one entity has all events. ``in_parts``: the view is one of those
-    whose records, if they may be long, are kept in two parts.
+    whose records, if they may be long, are kept in two parts. ``corrected``: an event that is repeated may be so at
+    another time, or of another entity.
     """
     view = make_view(rng, windows, source, in_parts)
     base = CHANGES[rng.integers(len(CHANGES))]
@@ -350,9 +360,13 @@ def make_history(
         if made and rng.random() < 0.15:
             twin = made[rng.integers(len(made))]
             event_time, values = twin.event_time_us, dict(twin.values)
+            if corrected and rng.random() < 0.3:
+                event_time = instants[rng.integers(len(instants))]
             known_at = _known_at(rng, event_time)
             if rng.random() < 0.2:
                 values["user_id"] = None
+            elif corrected and rng.random() < 0.3:
+                values |= {name: pools[name][rng.integers(len(pools[name]))] for name in ("user_id", "region")}
         made.append(Event(event_time, known_at, sequence, values))
     times = [*instants, *(t for e in made for t in (e.known_at_us, e.known_at_us - 1))]
     keys = [pools[name] for name in view.entity.keys]
@@ -373,17 +387,12 @@ def make_view(
     if in_parts:
         windows = [window for window in windows if not isinstance(window, Rolling)]
     chosen = [windows[i] for i in rng.permutation(len(windows))[:3]]
-    functions = ("count", "sum", "mean", "min", "max", "first", "last", "stddev", "distinct_count")
+    functions = [*AGGREGATES]
     made: list[Aggregate] = []
     while len(made) < 12:
         function = functions[rng.integers(len(functions))]
-        of: Expression | None = OFS[rng.integers(len(OFS))]
-        name = of.arguments[0] if isinstance(of, Expression) and of.operator == "col" else "amount"
-        if function == "count" and rng.random() < 0.5:
-            of = None
-        if name in NOT_FOR.get(function, ()):
-            continue
-        if in_parts and (function == "distinct_count" or (function in ("first", "last") and name in ("kind", "body"))):
+        of = None if rng.random() < 0.3 else OFS[rng.integers(len(OFS))]
+        if not _takes(function, None if of is None else type_of(of, TYPES, function), in_parts):
             continue
         where = WHERES[rng.integers(len(WHERES))] if rng.random() < 0.5 else None
         over = chosen[rng.integers(len(chosen))]
@@ -393,14 +402,26 @@ def make_view(
     return FeatureView("windowed", entity, events=named, aggregates=made)
 
 
-def every_aggregate(over: Window) -> list[Aggregate]:
-    """Return each aggregate of the table of each field that it takes and that is no key, over a window."""
+def every_aggregate(over: Window, in_parts: bool = False) -> list[Aggregate]:
+    """Return each aggregate of the table of each field that it takes and that is no key, and of events, over a window.
+
+    ``in_parts``: but for those that no record in two parts has.
+    """
+    types = {name: type for name, type in TYPES.items() if name not in ("user_id", "region", "event_id")}
     return [
-        Aggregate(f"{function}_{name}", function, name, over=over)
-        for function, made in AGGREGATES.items()
-        for name, type in TYPES.items()
-        if name not in ("user_id", "region", "event_id") and made(type) is not None
+        Aggregate(f"{function}_{name}", function, None if type is None else name, over=over)
+        for function in AGGREGATES
+        for name, type in [*types.items(), ("events", None)]
+        if _takes(function, type, in_parts)
     ]
+
+
+def _takes(function: str, type: Type | None, in_parts: bool) -> bool:
+    """Say whether there is an aggregate of values of a type, or of events; ``in_parts``: one that keeps no strings."""
+    made = AGGREGATES[function](type)
+    if made is None or not in_parts:
+        return made is not None
+    return function != DISTINCT_COUNT and (type is None or not type.variable or made.output is not type)
 
 
 def _known_at(rng: np.random.Generator, event_time: int) -> int:

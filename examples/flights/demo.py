@@ -34,6 +34,7 @@ from examples.flights.project import (
     WIDTH,
     command,
     flights_at,
+    flights_of,
     make_afresh,
     reported_between,
 )
@@ -42,6 +43,8 @@ from featserve._proto.serving_pb2_grpc import FeatureServingServiceStub
 from featserve.types import NEVER_US, column, to_us
 from featserve.wire import decode_matrix, decode_schema, encode_column
 
+BESIDE = ("airport_hour.departures_1h", "aircraft_week.destinations_7_days")
+"""Windows over departures that are not of carriers."""
 CALLS = 2_000
 SHOWN = 5
 FRAME = MADE / "training.parquet"
@@ -274,6 +277,8 @@ def push(address: str) -> None:
             client.push_stream("departures", batches, event_time="departed_at", known_at="known_at") for _ in range(2)
         )
         served = client.get(REPORT, {"carrier": carriers}, as_of=LATER)
+        flights = flights_of(events["flight_id"])
+        beside = client.get(SERVICE, flights, as_of=LATER)
     say(
         f"{once.events} departures pushed, {once.counted} counted; pushed again, {again.counted} counted and "
         f"{again.duplicates} known by their flight_id.",
@@ -285,11 +290,15 @@ def push(address: str) -> None:
     for carrier, (rolling, calendar) in zip(carriers, served.values.tolist(), strict=True):
         table.add_row(carrier, f"{rolling:.2f} min", f"{calendar:.2f} min", f"{abs(rolling - calendar):.2f}")
     say(table)
-    labels = {"carrier": carriers, "at": [LATER] * len(carriers)}
     with featserve.open(FOLDER) as project:
-        trained = project.training_frame(REPORT, labels, time="at").select(list(served.names))
-    if any(bits(served.to_arrow()[name]) != bits(trained[name]) for name in served.names):
-        raise SystemExit("the windows that are served and those of a training frame are not the same")
+        for service, matrix, names, labels in (
+            (REPORT, served, served.names, pa.table({"carrier": carriers})),
+            (SERVICE, beside, BESIDE, flights),
+        ):
+            labels = labels.append_column("at", pa.array([LATER] * len(labels), pa.timestamp("us", "UTC")))
+            answer, trained = matrix.to_arrow(), project.training_frame(service, labels, time="at")
+            if any(bits(answer[name]) != bits(trained[name]) for name in names):
+                raise SystemExit("the windows that are served and those of a training frame are not the same")
     say("What is served of events loaded and pushed equals what a training frame holds, to the last bit.")
 
 

@@ -75,3 +75,9 @@ def flights_at(instant: datetime) -> Any:
     flights = pq.read_table(DATA / "flights.parquet")
     found = flights.filter(pc.equal(flights["scheduled_departure"], instant))
     return found.sort_by([("carrier", "ascending"), ("flight_number", "ascending")])
+
+
+def flights_of(ids: Any) -> Any:
+    """Return the flights with these ids, but for those whose aircraft was not reported, as a pyarrow Table."""
+    flights = pq.read_table(DATA / "flights.parquet")
+    return flights.filter(pc.and_(pc.is_in(flights["flight_id"], ids), pc.is_valid(flights["tailnum"])))

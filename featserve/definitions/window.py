@@ -154,17 +154,18 @@ class Aggregate:
     """One feature of a view over events: ``function`` of ``of``, over the events of ``over`` that satisfy ``where``.
 
     ``function``: one of ``aggregates.AGGREGATES``. ``of``: a column of the event or an expression; events where it is
-    null (or NaN) are left out. Only "count" may do without: it then counts events. ``where``: an expression that is
-    true, false or null of an event alone; null leaves the event out. ``max_distinct``: for "distinct_count", how many
-    distinct values of one entity it counts exactly; a push beyond it is refused. An empty window has count 0 and null
-    for the rest; ``default`` replaces that null in the value, never in the status.
+    null (or NaN) are left out. Only "count" may do without: it then counts events. ``over``: no kind of window is the
+    default, so an aggregate without one is refused. ``where``: an expression that is true, false or null of an event
+    alone; null leaves the event out. ``max_distinct``: for "distinct_count", how many distinct values of one entity it
+    counts exactly; a push beyond it is refused. An empty window has count 0 and null for the rest; ``default`` replaces
+    that null in the value, never in the status.
     """
 
     name: str
     function: str
     of: Expression | str | None = None
     _: KW_ONLY
-    over: Window
+    over: Window = None  # type: ignore[assignment]
     where: Expression | None = None
     max_distinct: int = 1_000
     default: Any = None
@@ -177,7 +178,7 @@ class Aggregate:
             raise DefinitionError(f"{what}: unknown aggregate {self.function!r}{hint(str(self.function), AGGREGATES)}")
         if isinstance(self.of, str):
             object.__setattr__(self, "of", col(self.of))
-        if self.of is None and self.function != "count":
+        if self.of is None and AGGREGATES[self.function](None) is None:
             raise DefinitionError(f"{what}: of is required: what the {self.function} is of, a column or an expression")
         for role, given in (("of", self.of), ("where", self.where)):
             if given is not None and not isinstance(given, Expression):
@@ -227,7 +228,7 @@ class Aggregate:
             "where": None if where is None else where.to_dict(),
             "max_distinct": self.max_distinct if self.function == DISTINCT_COUNT else None,
             "default": self.default,
-            "empty": 0 if self.function in ("count", DISTINCT_COUNT) else None,
+            "empty": AGGREGATES[self.function].empty,
             "ties": "event_time, known_at, sequence",
         }
 

@@ -102,12 +102,16 @@ def values(column: Any) -> list[Any]:
     return list(column.to_pylist())
 
 
-@pytest.mark.parametrize("number", range(8))
-def test_random_histories(duckdb_engine: OfflineEngine, rng: np.random.Generator, tmp_path: Path, number: int) -> None:
-    """Every cell of a random history, late, tied and repeated events included, is the oracle's."""
-    history = make_history(rng, source=SOURCE, lonely=number == 0, events=0 if number == 1 else 60)
+@pytest.mark.parametrize(
+    ("engine", "number"),
+    [*(("duckdb", n) for n in range(8)), pytest.param("spark", 2, marks=pytest.mark.slow)],
+    indirect=["engine"],
+)
+def test_random_histories(engine: OfflineEngine, rng: np.random.Generator, tmp_path: Path, number: int) -> None:
+    """Every cell of a random history, late, tied, repeated and corrected events included, is the oracle's."""
+    history = make_history(rng, source=SOURCE, lonely=number == 0, events=0 if number == 1 else 60, corrected=True)
     write(history, tmp_path)
-    _, wrong = differences(history, joined(duckdb_engine, history, tmp_path))
+    _, wrong = differences(history, joined(engine, history, tmp_path))
     assert not wrong, [history.view.to_dict()["aggregates"], wrong[:10]]
 
 
@@ -121,14 +125,11 @@ def test_edges_at_clock_changes(engine: OfflineEngine, request: pytest.FixtureRe
     assert not wrong, wrong[:10]
 
 
-def test_every_function_over_every_kind(
-    engine: OfflineEngine, request: pytest.FixtureRequest, rng: np.random.Generator, tmp_path: Path
-) -> None:
-    """Each aggregate of each column that it takes, over each kind of window, is the oracle's; on Spark over one."""
-    spark = request.node.callspec.params["engine"] == "spark"
+def test_every_function_over_every_kind(engine: OfflineEngine, rng: np.random.Generator, tmp_path: Path) -> None:
+    """Each aggregate of each column that it takes, over each kind of window, is the oracle's."""
     history = make_history(rng, source=SOURCE, events=200, asked=50)
     write(history, tmp_path)
-    for window in WEEKS[-1:] if spark else WEEKS:
+    for window in WEEKS:
         aggregates = every_aggregate(window)
         asked = replace(history, view=replace(history.view, aggregates=aggregates, features=()))
         cells, wrong = differences(asked, joined(engine, asked, tmp_path))
@@ -136,15 +137,19 @@ def test_every_function_over_every_kind(
         assert not wrong, wrong[:10]
 
 
-@pytest.mark.parametrize("hours", [0, 5, 300])
-def test_a_declared_delay(duckdb_engine: OfflineEngine, rng: np.random.Generator, tmp_path: Path, hours: int) -> None:
+@pytest.mark.parametrize(
+    ("engine", "hours"),
+    [*(("duckdb", hours) for hours in (0, 5, 300)), pytest.param("spark", 5, marks=pytest.mark.slow)],
+    indirect=["engine"],
+)
+def test_a_declared_delay(engine: OfflineEngine, rng: np.random.Generator, tmp_path: Path, hours: int) -> None:
     """Events that are known a constant time after they happen, be it longer than their windows, count from then on."""
     source = ParquetSource("events.parquet", event_time="happened", delay=hours * HOUR)
-    history = make_history(rng, source=source)
+    history = make_history(rng, source=source, corrected=True)
     events = [replace(e, known_at_us=e.event_time_us + hours * HOUR_US) for e in history.events]
     history = replace(history, events=events)
     write(history, tmp_path)
-    _, wrong = differences(history, joined(duckdb_engine, history, tmp_path))
+    _, wrong = differences(history, joined(engine, history, tmp_path))
     assert not wrong, wrong[:10]
 
 
@@ -225,7 +230,7 @@ def test_very_many_cells(
     while cells < enough:
         folder = tmp_path / str(number)
         folder.mkdir()
-        history = make_history(rng, source=SOURCE, events=150, asked=500, lonely=number % 5 == 1)
+        history = make_history(rng, source=SOURCE, events=150, asked=500, lonely=number % 5 == 1, corrected=True)
         write(history, folder)
         more, wrong = differences(history, joined(engine, history, folder))
         assert not wrong, [history.view.to_dict()["aggregates"], wrong[:10]]

@@ -29,11 +29,14 @@ ORDERS = """
 from datetime import timedelta
 
 from featserve import (
-    Aggregate, Calendar, Entity, EventSource, FeatureService, FeatureView, Field, Hopping, Int64, String,
+    Aggregate, Calendar, Entity, EventSource, FeatureService, FeatureView, Field, Hopping, Int64, ParquetSource, String,
 )
 
 user = Entity("user", {"user_id": Int64})
-orders = EventSource("orders", [Field("user_id", Int64), Field("order_id", String)], event_id="order_id")
+orders = EventSource(
+    "orders", [Field("user_id", Int64), Field("order_id", String)],
+    source=ParquetSource("orders.parquet", event_time="at"), event_id="order_id",
+)
 spent = FeatureView("spent", user, events=orders, aggregates=[
     Aggregate("day", "count", over=Hopping(timedelta(days=1), timedelta(hours=1))),
     Aggregate("week", "count", over=Calendar(7, "day", "America/New_York")),
@@ -197,6 +200,8 @@ def test_killed_processes_lose_no_event_and_count_none_twice(
                         pusher.check()
             server.kill()
     with featserve.open(project.folder) as embedded:
+        plans = embedded.engine.plans
+        assert plans.windows(plans.snapshot.view("spent")).codec.layout.in_parts
         found = embedded.get("users", {"user_id": [pusher.user for pusher in users]}).to_dict()
     assert found["spent.day"] == found["spent.week"] == [pusher.acknowledged for pusher in users]
     assert any(pusher.refused for pusher in users), "no kill met a push"

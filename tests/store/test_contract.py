@@ -12,7 +12,9 @@ import pytest
 
 from featserve.errors import StoreError
 from featserve.store import OnlineStore, Writes, open_store, rocksdb
+from featserve.store.follow import Follower
 from featserve.store.memory import MemoryStore
+from tests.serving import PATIENCE_S
 
 Stamp = tuple[int, int, int]
 
@@ -310,16 +312,26 @@ def test_writers_and_a_load_at_once(store: OnlineStore, rng: np.random.Generator
     assert store.read_many(keys) == [row((int(n), 0, 0)) for n in numbers.max(axis=(0, 1))]
 
 
-def test_what_is_written_together_is_read_together(store: OnlineStore) -> None:
-    """While threads read, rows that every write replaces together are of one write in every answer."""
+@pytest.mark.parametrize("follows", [False, True])
+def test_what_is_written_together_is_read_together(store: OnlineStore, tmp_path: Path, follows: bool) -> None:
+    """While threads read, rows that every write replaces together are of one write in every answer.
+
+    So they are where the reads are of a follower that another thread lets catch up.
+    """
+    if isinstance(store, MemoryStore) and follows:
+        return  # nobody follows what is not on a disk
     keys = [b"key %d" % i for i in range(8)]
     done, torn, reads = threading.Event(), list[list[bytes | None]](), [0, 0]
+    seen: set[bytes | None] = set()
     store.update(keys, lambda found: Writes(dict.fromkeys(keys, b"0")))
+    read_from = open_store(tmp_path / "store", "follow", block_cache_mb=8) if follows else store
+    follower = Follower(read_from, every_s=0.0002) if follows else None
 
     def read(reader: int) -> None:
         while not done.is_set():
-            rows = store.read_many(keys)
+            rows = read_from.read_many(keys)
             reads[reader] += 1
+            seen.update(rows)
             if len(set(rows)) > 1:
                 torn.append(rows)
 
@@ -328,11 +340,16 @@ def test_what_is_written_together_is_read_together(store: OnlineStore) -> None:
         thread.start()
     for n in range(5_000):
         store.update(keys[:1], lambda found, n=n: Writes(dict.fromkeys(keys, b"%d" % n)))  # type: ignore[misc]
+    if follower is not None:
+        follower.reached(store.sequence(), PATIENCE_S).result()
+        follower.close()
     done.set()
     for thread in readers:
         thread.join()
+    read_from.close()
     assert torn == []
     assert min(reads) > 0
+    assert len(seen) > 2 or not follows, "nobody read while it caught up"
 
 
 def test_readers_never_see_a_row_vanish_or_grow_older(store: OnlineStore) -> None:
