@@ -280,7 +280,7 @@ class NativeServer:
                 continue  # alone, each says what is wrong with it
             for number, answer in zip(share.numbers, answers, strict=True):
                 call_id, _ = asking[number]
-                self._front.respond(call_id, answer)
+                self._respond(call_id, answer)
                 del self._reads[call_id]
             answered += len(answers)
             if meter is not None:
