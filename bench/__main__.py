@@ -84,7 +84,7 @@ def run(module: str, *arguments: str) -> str:
 BENCHES: dict[str, tuple[str, Callable[[Path], list[Figure]]]] = {
     "bulk_load": ("Bulk load: 1 million rows of 50 float64, Parquet to served", bulk_load.measure),
     "server": ("Server: 50 float64 features, 1 million entities, 8 connections", server.measure),
-    "native": ("pygrpc-native: 50 float64 features, hot rows, 8 connections", native.measure),
+    "native": ("pygrpc-native: 50 float64 features, hot rows and random ones, 8 connections", native.measure),
     "workers": ("Workers: two on two cores with the generator, hot rows, 16 connections", workers.measure),
     "telemetry": ("Traces and metrics: requests per second beside none of them", telemetry.measure),
     "freshness": ("Freshness: from a write's acknowledgement to its being read elsewhere", freshness.measure),

@@ -34,11 +34,14 @@ class NotLoaded(RuntimeError):
 class Loaded:
     """What came of the ``seconds`` after the warm-up: ``taken_us`` has the latency of each request that ended in them.
 
-    Of all, the warm-up's as well: ``started`` and ``ended``, how many did; ``message_bytes``, of all answers together.
+    It counts from ``sent_us``, since the first of all was sent. Of all, the warm-up's as well: ``started`` and
+    ``ended``, how many did; ``message_bytes``, of all answers together. What has started may wait to be sent: h2load
+    holds back what is more on a connection than the server takes.
     """
 
     seconds: float
     taken_us: Array
+    sent_us: Array
     started: int
     ended: int
     message_bytes: int
@@ -48,17 +51,33 @@ class Loaded:
         """Requests a second that ended."""
         return len(self.taken_us) / self.seconds
 
+    def sent(self, at_once: int) -> int:
+        """Return how many were sent where ``at_once`` can be under way: what has ended, and those at the end."""
+        return min(self.started, self.ended + at_once)
+
+    def since_due_us(self, rate: float) -> Array:
+        """Return the latency of each since it was due, of a load without a warm-up and ``rate`` a second.
+
+        The n-th that was sent was due n / ``rate`` seconds after the first, whichever connection it is on: where some
+        are served later than others, their requests are told as waiting less than they do, and the others' more.
+        h2load sends every 10 ms, and that wait is counted, too.
+        """
+        due_us = np.empty(len(self.sent_us))
+        due_us[np.argsort(self.sent_us, kind="stable")] = np.arange(len(self.sent_us)) / rate * 1e6
+        return self.taken_us + np.maximum(self.sent_us - due_us, 0)
+
     def answered(self, answer_bytes: int) -> int:
         """Return how many got an answer, which is of so many bytes; the others were refused."""
         return self.message_bytes // answer_bytes
 
 
-def p99_at_most(taken: Array, of: int) -> float:
-    """Return what the p99 of any ``of`` of the requests is at most: it is that where the slowest are among them.
+def at_most(taken: Array, of: int, quantile: float = 0.99) -> float:
+    """Return what a quantile of any ``of`` of the requests is at most: it is that where the slowest are among them.
 
     Infinity where there are no requests.
     """
-    return float(np.sort(taken)[-1 - of // 100]) if len(taken) else inf
+    beyond = int(of * (1 - quantile) * (1 + 1e-12))  # 0.1 * 1,000 is a little under 100
+    return float(np.sort(taken)[-1 - beyond]) if len(taken) else inf
 
 
 def run(
@@ -68,16 +87,17 @@ def run(
     seconds: float = 2.0,
     warm_up_s: float = 0.0,
     connections: int = 8,
+    calls: int = 1,
     rate: float | None = None,
     path: str = METHOD,
     protocol: tuple[str, ...] = GRPC,
 ) -> Loaded:
     """Send ``body`` to the server at ``address`` for ``seconds``, and for ``warm_up_s`` before.
 
-    Each connection has one request under way; or all together send ``rate`` a second, at even intervals on each,
+    Each connection has ``calls`` requests under way; or all together send ``rate`` a second, at even intervals on each,
     whether or not answers come. Latency counts from the sending. Raises NotLoaded, also where nothing could be sent.
     """
-    at_once = ["--max-concurrent-streams=1"]
+    at_once = [f"--max-concurrent-streams={calls}"]
     if rate is not None:
         at_once = [f"--max-concurrent-streams={OPEN}", f"--rps={rate / connections:.3f}"]
     with tempfile.TemporaryDirectory(prefix="featserve-h2load-") as folder:
@@ -98,4 +118,7 @@ def run(
         # When each started and how long it took, in the order in which they ended.
         times_us = np.loadtxt(log, np.int64, usecols=(0, 2), ndmin=2) if log.stat().st_size else np.zeros((0, 2))
     counted = times_us.sum(axis=1) >= times_us[:1, 0] + warm_up_s * 1e6
-    return Loaded(seconds, times_us[counted, 1], int(started[1]), len(times_us), int(message_bytes[1]))
+    sent_us = times_us[:, 0] - min(times_us[:, 0], default=0)
+    return Loaded(
+        seconds, times_us[counted, 1], sent_us[counted], int(started[1]), len(times_us), int(message_bytes[1])
+    )

@@ -111,25 +111,34 @@ def warm(address: str, entities: int, at_once: int = 1_000) -> None:
 
 def drive(opened: Sequence[Http2Connection], ended: Callable[[int, float], bool]) -> float:
     """Keep all connections busy until ``ended(answered, seconds)``; close them, and return the seconds."""
+    elapsed_s = keep_busy(opened, ended)
+    for connection in opened:
+        connection.socket.close()
+    return elapsed_s
+
+
+def keep_busy(opened: Sequence[Http2Connection], ended: Callable[[int, float], bool]) -> float:
+    """Do as ``drive`` does and leave the connections open, for more if all that was asked for was answered by then."""
     with selectors.DefaultSelector() as waiting:
         for connection in opened:
             waiting.register(connection.socket, selectors.EVENT_READ, connection)
-            connection.ask()
         started = time.perf_counter()
+        for connection in opened:
+            connection.ask()
         answered = 0
         while not ended(answered, time.perf_counter() - started):
             ready = waiting.select(PATIENCE_S)
             if not ready:
                 raise RuntimeError(f"no answer came for {PATIENCE_S} seconds")
             answered += sum(key.data.receive() for key, _ in ready)
-        elapsed_s = time.perf_counter() - started
-    for connection in opened:
-        connection.socket.close()
-    return elapsed_s
+        return time.perf_counter() - started
 
 
 class Http2Connection:
-    """A connection that speaks gRPC. ``messages``: framed. ``length_varies``: answers need not be of one length."""
+    """A connection that speaks gRPC. ``messages``: framed, and others when it has come to their end.
+
+    ``length_varies``: answers need not be of one length.
+    """
 
     def __init__(self, address: str, messages: Iterator[bytes], *, length_varies: bool = False) -> None:
         host, port = address.rsplit(":", 1)
@@ -138,7 +147,7 @@ class Http2Connection:
         settings = b"\0\x04" + WINDOW.to_bytes(4, "big") + b"\0\x05" + FRAME_BYTES.to_bytes(4, "big")
         self.socket.sendall(PREFACE + _frame(SETTINGS, 0, 0, settings) + _window(WINDOW - 65_535))
         self.latencies_s: list[float] = []
-        self._messages = messages
+        self.messages = messages
         self._length_varies = length_varies
         self._headers, self._next_headers = _header_blocks(address)
         self._stream = -1
@@ -147,12 +156,15 @@ class Http2Connection:
         self._rest = b""
 
     def ask(self) -> None:
-        """Send a request, on the next stream."""
+        """Send a request, on the next stream; nothing where there are no more messages."""
+        message = next(self.messages, None)
+        if message is None:
+            return
         self._received = 0
         self._asked_s = time.perf_counter()
         self._stream += 2
         headers = _frame(HEADERS, END_HEADERS, self._stream, self._headers)
-        self.socket.sendall(headers + _frame(DATA, END_STREAM, self._stream, next(self._messages)))
+        self.socket.sendall(headers + _frame(DATA, END_STREAM, self._stream, message))
         self._headers = self._next_headers
 
     def receive(self) -> int:

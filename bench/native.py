@@ -3,6 +3,9 @@
 All three run for the whole time and are loaded in turns by h2load, eight connections with one request under way on
 each: a generator in Python would take longer than the servers do. It repeats one request, so the rows are hot for all.
 Turns are short, many, and begin with another server each round: the speed of a shared machine changes within seconds.
+
+Then ours and the bare one are asked for other rows each time, of all that there are, each of which was read before.
+That takes a generator in Python, which sends less than they could answer, so what tells is processor time of a request.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from bench.server import KEYS, check_same
 
 TO_BARE, TO_GRPCIO = 0.8, {1: 5.0, 10: None, 100: 3.0}
 ROUNDS, SECONDS = 21, 1.0
+RANDOM_ROUNDS = 7
 OURS, BARE, GRPCIO = "featserve, native", "bare native", "featserve, grpcio"
 
 
@@ -46,6 +50,31 @@ def measure(folder: Path) -> list[Figure]:
                         rates[name].append(loaded.rate)
                         cpu_us[name].append((server.cpu_s() - before_s) / loaded.ended * 1e6)
             figures += told(keys, rates, cpu_us)
+        for server in (ours, bare):
+            load.warm(server.address, ENTITIES)
+        for keys in KEYS:
+            figures += any_rows(keys, ours, bare)
+    return figures
+
+
+def any_rows(keys: int, ours: servers.Server, bare: servers.Server) -> list[Figure]:
+    """Ask both for random rows of all in turns; return the processor times of a request, and their ratio."""
+    found: dict[str, list[tuple[float, float]]] = {OURS: [], BARE: []}
+    for turn in range(-1, RANDOM_ROUNDS):
+        named = [(OURS, ours), (BARE, bare)]
+        for name, server in named[turn % 2 :] + named[: turn % 2]:
+            before_s = server.cpu_s()
+            measured = load.run(server.address, keys, entities=ENTITIES, seconds=SECONDS, seed=turn + 1)
+            if turn >= 0:
+                found[name].append(((server.cpu_s() - before_s) / measured.requests * 1e6, measured.rate))
+    ratios = sorted(a / b for (a, _), (b, _) in zip(found[OURS], found[BARE], strict=True))
+    told = f"{keys} {'key' if keys == 1 else 'keys'} at random: processor time of native to {BARE}"
+    note = f"rounds {ratios[0]:.2f} to {ratios[-1]:.2f}"
+    figures = [Figure(told, statistics.median(ratios), "", note=note)]
+    for name, rounds in found.items():
+        cpu_us, rate = (statistics.median(column) for column in zip(*rounds, strict=True))
+        note = f"{number(rate)} req/s with a generator in Python"
+        figures.append(Figure(f"  {name}", cpu_us, "us", note=note))
     return figures
 
 

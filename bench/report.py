@@ -10,8 +10,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
+from math import isnan, nan
 from pathlib import Path
 from typing import Any
+
+from featserve.load_test.histogram import Histogram, samples_needed
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "latest.json"
@@ -42,7 +45,8 @@ def show(title: str, figures: Sequence[Figure]) -> None:
     rows = [("", "measured", "target", "", "")]
     for f in figures:
         target = "" if f.target is None else f"{'<=' if f.at_most else '>='} {number(f.target)}"
-        rows.append((f.name, f"{number(f.value)} {f.unit}", target, f.verdict, f.note))
+        value = "not told" if isnan(f.value) else f"{number(f.value)} {f.unit}"
+        rows.append((f.name, value, target, f.verdict, f.note))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     print(f"\n{title}")
     for name, value, *rest in rows:
@@ -60,14 +64,25 @@ def number(value: float) -> str:
     return f"{value:,.{digits}f}"
 
 
+def told_p99(p99: float, samples: int) -> float:
+    """Return a p99, or NaN, which reads "not told" and meets no target, where it is of too few samples."""
+    return p99 if samples >= samples_needed(0.99) else nan
+
+
+def p99_us(latency: Histogram) -> float:
+    """Return the p99 in microseconds, NaN as ``told_p99`` does."""
+    told_ns = latency.told_ns(0.99)
+    return nan if told_ns is None else told_ns / 1e3
+
+
 def machine() -> dict[str, Any]:
     """Return what the figures depend on beside the code."""
     cpus = [line for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")]
     memory = _read("/proc/meminfo").splitlines()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     return {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip(),
+        "commit": _git("rev-parse", "HEAD"),
+        "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "cpu": cpus[0].partition(":")[2].strip() if cpus else platform.processor(),
         "cpus": os.cpu_count(),
         "memory": memory[0].partition(":")[2].strip() if memory else "",
@@ -76,6 +91,16 @@ def machine() -> dict[str, Any]:
         "load_average": os.getloadavg(),
         "packages": {name: version(name) for name in PACKAGES},
     }
+
+
+def commit_of(machine: dict[str, Any]) -> str:
+    """Return the commit that was measured, in nine digits, and whether files had been changed since it."""
+    return f"{machine['commit'][:9] or 'unknown'}{', with changes' if machine.get('changed') else ''}"
+
+
+def _git(*arguments: str) -> str:
+    ran = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    return ran.stdout.strip()
 
 
 def _read(path: str) -> str:
@@ -101,11 +126,12 @@ def kept_results(path: Path = RESULTS) -> list[dict[str, Any]]:
 
 
 def show_kept(path: Path = RESULTS) -> None:
-    """Print what each benchmark measured last, and when, of which commit, and on how busy a machine."""
+    """Print what each benchmark measured last, and when, of which commit, on which machine, and how busy that was."""
     for entry in kept_results(path):
         machine = entry["machine"]
         told = (
-            f"{machine['at'][:16]} UTC, commit {machine['commit'][:9]}, load average {machine['load_average'][0]:.1f}"
+            f"{machine['at'][:16]} UTC, commit {commit_of(machine)}; {machine['cpus']} CPUs, {machine['cpu']}, "
+            f"{machine['system']}, Python {machine['python']}; load average {machine['load_average'][0]:.1f}"
         )
         figures = [{key: value for key, value in figure.items() if key != "verdict"} for figure in entry["figures"]]
         show(f"{entry['title']}\n  ({told})", [Figure(**figure) for figure in figures])

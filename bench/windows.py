@@ -1,7 +1,8 @@
 """Windowed views: requests per second beside a plain view of the same width, and reads while events stream in.
 
 A thousand entities have a thousand events each in seven days. The server has all the views, and is asked for one after
-the other in turns, so what else happens on the machine meets all of them.
+the other in turns, so what else happens on the machine meets all of them. Rows of records that nobody pushes to are
+kept from one read to the next; so it is asked for records, too, all of which have changed since they were read.
 
     python -m bench.windows ADDRESS EVENTS_PER_S SECONDS    push events at that pace; print how many a second came in
 """
@@ -26,7 +27,7 @@ import pyarrow.parquet as pq
 
 import featserve
 from bench import load, servers
-from bench.report import ROOT, Figure, number
+from bench.report import ROOT, Figure, number, p99_us
 from bench.servers import Server
 from featserve._proto import serving_pb2 as pb
 from featserve.batch import Arrival, EntityKeys, Int64s
@@ -44,11 +45,19 @@ from featserve.wire import encode_push
 ENTITIES, EVENTS = 1_000, 1_000
 KEYS = 100
 VIEWS = ("hopping", "calendar", "rolling")
-ROUNDS, SECONDS = 7, 1.5
+PUSHED = ("plain", "hopping", "calendar")
+"""What is asked for after each push: the views of what is pushed, and the one that they are held against."""
+TRANSPORTS = ("native", "grpcio")
+CONNECTIONS = 8
+ROUNDS, SECONDS, PUSHES = 7, 1.5, 30
 READ_TURNS = 20
 TARGET = 0.5
 PUSHED_PER_S, MESSAGE_EVENTS = 20_000, 1_000
-READS_PER_S, TURNS, TURN_S = 200.0, 6, 5.0
+READS_PER_S, TURNS, TURN_S = 200.0, 11, 5.0
+"""Reads beside pushes: enough for a p99 though they arrive at random."""
+STARTING_S = 4.0
+"""How much longer pushes take than the reads beside them, which start after them."""
+WORKERS = (2, 1)
 
 DEFINITIONS = """
 from datetime import timedelta
@@ -99,14 +108,22 @@ rolling_service = FeatureService("rolling", [rolling], dtype=Float64)
 
 def measure(folder: Path) -> list[Figure]:
     """Make the project, load it, and measure it."""
-    folder = folder / "windows"
+    folder, copied = folder / "windows", folder / "windows-copied"
+    for left in (folder, copied):  # its events are no longer of the last seven days
+        shutil.rmtree(left, ignore_errors=True)
     make(folder)
-    with servers.ours(folder) as server:
-        figures = [*compare(server), *in_process(folder)]
-    # As users start it: workers that read, and one process that all events go to.
-    copied = shutil.copytree(folder, folder.with_name("windows-copied"))
-    with servers.ours(folder, workers=2) as server, servers.ours(copied, workers=2) as other:
-        return [*figures, *beside_pushes(server, other), processor_time(server)]
+    figures = []
+    for transport in TRANSPORTS:
+        with servers.ours(folder, transport) as server:
+            figures += [*compare(transport, server), *just_pushed(transport, server)]
+    figures += in_process(folder)
+    # As users start it, with workers that read and one process that all events go to; and with one that does both.
+    shutil.copytree(folder, copied)
+    for workers in WORKERS:
+        with servers.ours(folder, workers=workers) as server, servers.ours(copied, workers=workers) as other:
+            told = f"{workers} {'worker' if workers == 1 else 'workers'}"
+            figures += [*beside_pushes(told, server, other), processor_time(server)]
+    return figures
 
 
 def make(folder: Path) -> None:
@@ -140,21 +157,72 @@ def make(folder: Path) -> None:
             project.materialize(view)
 
 
-def compare(server: Server) -> list[Figure]:
-    """Ask for each view in turns; return the figures of each beside those of the plain one."""
+def compare(told: str, server: Server) -> list[Figure]:
+    """Ask for each view in turns; return the figures of each beside those of the plain one. Nobody pushes meanwhile."""
     rates: dict[str, list[float]] = {name: [] for name in ("plain", *VIEWS)}
     for turn in range(-1, ROUNDS):
         for name, found in rates.items():
             rate = requests_per_s(server.address, name, turn + 1)
             if turn >= 0:
                 found.append(rate)
+    return [
+        *_ratios(f"{told}, nothing pushed", rates),
+        *(Figure(f"  {name}", statistics.median(found), "req/s") for name, found in rates.items()),
+    ]
+
+
+def just_pushed(told: str, server: Server) -> list[Figure]:
+    """Push an event to each entity, then ask once for each, of one view after the other, again and again.
+
+    So every record that is asked for has changed since it was read. Only the time of the requests counts.
+    """
+    rates: dict[str, list[float]] = {name: [] for name in PUSHED}
+    cpu_us: dict[str, list[float]] = {name: [] for name in PUSHED}
+    random, requests = np.random.default_rng(11), ENTITIES // KEYS
+    opened = [load.Http2Connection(server.address, iter(()), length_varies=True) for _ in range(CONNECTIONS)]
+    with featserve.connect(server.address) as client:
+        for round_ in range(-1, ROUNDS):
+            took_s, cpu_s = (dict.fromkeys(PUSHED, 0.0) for _ in range(2))
+            for turn in range(PUSHES):
+                push_to_all(client, random)
+                first = turn % len(PUSHED)
+                for name in PUSHED[first:] + PUSHED[:first]:
+                    asked = iter([_request(name, keys) for keys in random.permutation(ENTITIES).reshape(-1, KEYS)])
+                    for connection in opened:
+                        connection.messages = asked
+                    before_s = server.cpu_s()
+                    took_s[name] += load.keep_busy(opened, lambda answered, _: answered >= requests)
+                    cpu_s[name] += server.cpu_s() - before_s
+            if round_ >= 0:
+                for name in PUSHED:
+                    rates[name].append(requests * PUSHES / took_s[name])
+                    cpu_us[name].append(cpu_s[name] / requests / PUSHES * 1e6)
+    for connection in opened:
+        connection.socket.close()
+    notes = {name: f"{number(statistics.median(found))} us of processor each" for name, found in cpu_us.items()}
+    return [
+        *_ratios(f"{told}, all just pushed to", rates),
+        *(Figure(f"  {name}", statistics.median(found), "req/s", note=notes[name]) for name, found in rates.items()),
+    ]
+
+
+def push_to_all(client: featserve.Client, random: np.random.Generator) -> None:
+    """Push an event of each entity; raise RuntimeError where they do not all count."""
+    events = _events(random, np.arange(ENTITIES), time.time_ns() >> 8)
+    counted = client.push_messages(iter([encode_push("payments", events)])).counted
+    if counted != ENTITIES:
+        raise RuntimeError(f"{counted:,} of {ENTITIES:,} events count")
+
+
+def _ratios(told: str, rates: dict[str, list[float]]) -> list[Figure]:
+    """Return the requests per second of each windowed view, of those of the plain one in the same round."""
     figures = []
-    for name in VIEWS:
+    for name in (name for name in rates if name != "plain"):
         ratios = sorted(a / b for a, b in zip(rates[name], rates["plain"], strict=True))
         target = None if name == "rolling" else TARGET
-        note = f"rounds {ratios[0]:.2f} to {ratios[-1]:.2f}"
-        figures.append(Figure(f"{KEYS} keys: {name} to plain", statistics.median(ratios), "", target, note=note))
-    return [*figures, *(Figure(f"  {name}", statistics.median(found), "req/s") for name, found in rates.items())]
+        note = f"{KEYS} keys, rounds {ratios[0]:.2f} to {ratios[-1]:.2f}"
+        figures.append(Figure(f"{told}: {name} to plain", statistics.median(ratios), "", target, note=note))
+    return figures
 
 
 def in_process(folder: Path) -> list[Figure]:
@@ -181,32 +249,37 @@ def in_process(folder: Path) -> list[Figure]:
 
 
 def requests_per_s(address: str, service: str, seed: int) -> float:
-    """Return how many requests for random entities a second 8 connections get answered."""
+    """Return how many requests for random entities a second some connections get answered."""
 
     def messages() -> Iterator[bytes]:
         random = np.random.default_rng(seed)
         while True:
-            keys = random.integers(0, ENTITIES, KEYS).tobytes()
-            column = pb.Column(name="account_id", type=Int64.code, data=keys)  # type: ignore[arg-type]
-            yield load.framed(pb.GetFeaturesRequest(service=service, keys=[column]).SerializeToString())
+            yield _request(service, random.integers(0, ENTITIES, KEYS))
 
     asked = messages()
-    opened = [load.Http2Connection(address, asked, length_varies=True) for _ in range(8)]
+    opened = [load.Http2Connection(address, asked, length_varies=True) for _ in range(CONNECTIONS)]
     elapsed_s = load.drive(opened, lambda answered, elapsed_s: elapsed_s >= SECONDS)
     return sum(len(connection.latencies_s) for connection in opened) / elapsed_s
 
 
-def beside_pushes(server: Server, other: Server) -> list[Figure]:
+def _request(service: str, accounts: Int64s) -> bytes:
+    """Return a framed request for these entities."""
+    column = pb.Column(name="account_id", type=Int64.code, data=accounts.tobytes())  # type: ignore[arg-type]
+    return load.framed(pb.GetFeaturesRequest(service=service, keys=[column]).SerializeToString())
+
+
+def beside_pushes(told: str, server: Server, other: Server) -> list[Figure]:
     """Return the p99 of reads while events stream into two views, beside that of a server left alone.
 
-    ``other``: takes the same events in turns. Reads of a server that does not have to do with them wait, too, for the
-    processors; what they wait tells how much of the ratio is this machine's.
+    ``told``: what servers these are. ``other``: takes the same events in turns. Reads of a server that does not have to
+    do with them wait, too, for the processors; what they wait tells how much of the ratio is this machine's.
     """
     found: dict[Server | None, list[Round]] = {None: [], other: [], server: []}
     pushed: list[float] = []
+    early = 0
     for turn in range(TURNS + 1):
         if turn == 1:  # the first one warmed up
-            found, pushed = {to: [] for to in found}, []
+            found, pushed, early = {to: [] for to in found}, [], 0
         for to, rounds in found.items():
             reads = Reads("hopping", ("account_id",), (Range("account_id", Int64, 0, ENTITIES - 1),))
             test = LoadTest(
@@ -216,21 +289,24 @@ def beside_pushes(server: Server, other: Server) -> list[Figure]:
             if to is None:
                 rounds += [point.total() for point in run(test, clock_us()).points]
                 continue
-            with pushing_process(to, TURN_S + 2) as process:
+            with pushing_process(to, TURN_S + STARTING_S) as process:
                 rounds += [point.total() for point in run(test, clock_us()).points]
+                early += process.poll() is not None
                 events_per_s = float(process.communicate()[0])
             if to is server:
                 pushed.append(events_per_s)
     alone, beside, busy = (_all(rounds) for rounds in found.values())
-    p99s = [total.latency.quantile_ns(0.99) / 1e3 for total in (alone, beside, busy)]
+    p99s = [p99_us(total.latency) for total in (alone, beside, busy)]
+    p50_us = busy.latency.quantile_ns(0.5) / 1e3
     errors = sum((total.errors for total in (alone, beside, busy)), Counter[str]())
     return [
-        Figure("events pushed", min(pushed), "events/s", 0.98 * PUSHED_PER_S),
+        Figure(f"{told}: events pushed", min(pushed), "events/s", 0.98 * PUSHED_PER_S),
         Figure("  p99 of reads while pushing to p99 alone", p99s[2] / p99s[0], "", 2.0, at_most=True),
         Figure("  the same, pushing to another server", p99s[1] / p99s[0], "", note="what the machine makes of it"),
         Figure("  p99 alone", p99s[0], "us", note=f"{alone.latency.count:,} requests"),
-        Figure("  p99 while pushing", p99s[2], "us", note=f"p50 {number(busy.latency.quantile_ns(0.5) / 1e3)} us"),
+        Figure("  p99 while pushing", p99s[2], "us", note=f"{busy.latency.count:,} requests, p50 {number(p50_us)} us"),
         Figure("  errors", errors.total(), "", 0, at_most=True, note=", ".join(errors)),
+        Figure("  turns in which pushes ended before reads did", early, "", 0, at_most=True),
     ]
 
 
@@ -251,9 +327,15 @@ def processor_time(server: Server) -> Figure:
 
 
 def pushing_process(server: Server, seconds: float) -> subprocess.Popen[str]:
-    """Start a process that pushes, so that what it takes is not the server's; it prints how many events came in."""
+    """Start a process that pushes, so that what it takes is not the server's; it prints how many events came in.
+
+    It has begun to push by then.
+    """
     command = [sys.executable, "-m", "bench.windows", server.address, str(PUSHED_PER_S), str(seconds)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
 
 
 def _all(rounds: list[Round]) -> Round:
@@ -261,16 +343,18 @@ def _all(rounds: list[Round]) -> Round:
 
 
 def push(address: str, events_per_s: float, seconds: float) -> float:
-    """Push events of random entities at a pace, on one stream; return how many a second the server took."""
+    """Push events of random entities at a pace, on one stream; print when it begins, return how many a second count."""
     os.nice(BACKGROUND)
     random = np.random.default_rng(int(time.time()))
     ids = time.time_ns() >> 8
 
     def messages() -> Iterator[pb.PushEventsRequest]:
+        print("pushing", flush=True)
         began = time.perf_counter()
         for i in range(int(seconds * events_per_s / MESSAGE_EVENTS)):
             time.sleep(max(0.0, began + i * MESSAGE_EVENTS / events_per_s - time.perf_counter()))
-            yield encode_push("payments", _events(random, ids + i * MESSAGE_EVENTS))
+            accounts = random.integers(0, ENTITIES, MESSAGE_EVENTS)
+            yield encode_push("payments", _events(random, accounts, ids + i * MESSAGE_EVENTS))
 
     with featserve.connect(address) as client:
         started = time.perf_counter()
@@ -279,12 +363,13 @@ def push(address: str, events_per_s: float, seconds: float) -> float:
     return pushed.counted / elapsed_s
 
 
-def _events(random: np.random.Generator, first_id: int) -> Arrival:
-    times: Int64s = np.full(MESSAGE_EVENTS, clock_us())
+def _events(random: np.random.Generator, accounts: Int64s, first_id: int) -> Arrival:
+    """Return an event of now for each of these entities."""
+    times: Int64s = np.full(len(accounts), clock_us())
     columns = {
-        "account_id": Column(Int64, random.integers(0, ENTITIES, MESSAGE_EVENTS)),
-        "amount": Column(Float64, random.standard_normal(MESSAGE_EVENTS)),
-        "payment_id": Column(Int64, np.arange(first_id, first_id + MESSAGE_EVENTS)),
+        "account_id": Column(Int64, accounts),
+        "amount": Column(Float64, random.standard_normal(len(accounts))),
+        "payment_id": Column(Int64, np.arange(first_id, first_id + len(accounts))),
     }
     return Arrival(columns, times)
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from bench import load, servers
 from bench.project import ENTITIES, FEATURES, KEY, SERVICE, VIEW
-from bench.report import Figure, number
+from bench.report import Figure, number, p99_us
 from bench.servers import Server
 from featserve.embedded import clock_us
 from featserve.load_test import Load, LoadTest, Point, Range, Reads, Writes, run
@@ -98,13 +98,18 @@ def _writing(server: Server, writes: Writes, seconds: float) -> Iterator[None]:
 def _figures(told: str, alone: list[Point], other: list[Point], own: list[Point]) -> list[Figure]:
     idle, beside, busy = (_all([point.total() for point in points]) for points in (alone, other, own))
     written = _all([point.total_writes() for point in own])
-    p99s = [total.latency.quantile_ns(0.99) / 1e3 for total in (idle, beside, busy)]
+    p99s = [p99_us(total.latency) for total in (idle, beside, busy)]
     note = f"p50 {number(idle.latency.quantile_ns(0.5) / 1e3)} us and {number(busy.latency.quantile_ns(0.5) / 1e3)} us"
     rows = written.answered * WRITTEN_AT_ONCE / written.seconds
     errors = sum((total.errors for total in (idle, beside, busy, written)), Counter[str]())
     return [
         Figure(f"{told}: p99 with writes to p99 without", p99s[2] / p99s[0], "", TARGET, at_most=True, note=note),
-        Figure("  the same, writing to another server", p99s[1] / p99s[0], "", note="on the same core"),
+        Figure(
+            "  the same, writing to another server",
+            p99s[1] / p99s[0],
+            "",
+            note=f"on the same core, {beside.latency.count:,} requests",
+        ),
         Figure("  p99 without", p99s[0], "us", note=f"{idle.latency.count:,} requests"),
         Figure("  p99 with", p99s[2], "us", note=f"{busy.latency.count:,} requests, {number(rows)} rows/s written"),
         Figure("  errors", errors.total(), "", 0, at_most=True, note=", ".join(errors)),

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from collections.abc import Iterator
+from itertools import islice, product
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bench import counts, h2load, load, overload, project, servers
+from bench import counts, h2load, load, overload, project, report, servers
+from bench.peers import __main__ as peers
 from bench.peers import page, rows, targets
 from bench.peers.rounds import KEYS, Cell, Cells, Length
 from bench.peers.systems import Client
+from featserve.load_test import Histogram
 
 ENTITIES = 2_000
 
@@ -44,11 +48,24 @@ def test_load_is_answered(address: str) -> None:
     assert 0 < measured.p50_us <= measured.p99_us
     body = next(load.bodies(10, ENTITIES, 1))
     answer_bytes = overload.bytes_of_answer(address, body)
-    for rate in (None, 100.0):
-        loaded = h2load.run(address, body, seconds=0.5, warm_up_s=0.5, connections=3, rate=rate)
+    for rate, calls in ((None, 1), (None, 4), (100.0, 1)):
+        loaded = h2load.run(address, body, seconds=0.5, warm_up_s=0.5, connections=3, calls=calls, rate=rate)
         assert 0 < len(loaded.taken_us) < loaded.ended <= loaded.started
-        assert loaded.answered(answer_bytes) == pytest.approx(loaded.ended, abs=3)
+        assert loaded.answered(answer_bytes) == pytest.approx(loaded.ended, abs=3 * calls)
     assert loaded.started == pytest.approx(100, abs=20)
+
+
+def test_requests_that_end_are_all_answered(address: str) -> None:
+    """Connections that have come to the end of their messages have all answers, and can be given others."""
+    messages = load.bodies(10, ENTITIES, 1)
+    opened = [load.Http2Connection(address, iter(())) for _ in range(3)]
+    for count in (2, 7):
+        asked = islice(messages, count)
+        for connection in opened:
+            connection.messages = asked
+        assert load.keep_busy(opened, lambda answered, _, count=count: answered >= count) > 0  # type: ignore[misc]
+    assert sum(len(connection.latencies_s) for connection in opened) == 9
+    assert load.drive(opened, lambda answered, _: answered >= 0) > 0
 
 
 @pytest.mark.parametrize("address", ["max_concurrent = 1\n"], indirect=True)
@@ -62,13 +79,24 @@ def test_refusals_are_told_from_answers(address: str) -> None:
         h2load.run("127.0.0.1:1", body, seconds=0.1)
 
 
+def test_a_wait_in_the_client_counts_since_a_call_was_due() -> None:
+    """Of 10 a second the n-th is due n tenths after the first: what is sent later has waited, what is early has not.
+
+    What was sent is what ended and what can be under way, of what was started.
+    """
+    sent_us = np.array([0, 900_000, 150_000, 190_000])
+    loaded = h2load.Loaded(1.0, np.full(4, 5), sent_us, started=10, ended=4, message_bytes=0)
+    assert loaded.since_due_us(10.0).tolist() == pytest.approx([5, 600_005, 50_005, 5])
+    assert [loaded.sent(at_once) for at_once in (3, 100)] == [7, 10]
+
+
 def test_a_tail_is_bounded_without_knowing_whose_it_is() -> None:
-    """The p99 of any part of some latencies is at most what is told, and that is the p99 of the slowest ones."""
+    """A quantile of any part of some latencies is at most what is told, and that is the one of the slowest."""
     taken = np.random.default_rng(1).permutation(10_000)
-    for of in (99, 1_000, 10_000):
-        bound = h2load.p99_at_most(taken, of)
-        assert np.percentile(np.sort(taken)[-of:], 99, method="inverted_cdf") == bound
-        assert np.percentile(taken[:of], 99, method="inverted_cdf") <= bound
+    for of, quantile in product((99, 1_000, 10_000), (0.9, 0.99)):
+        bound = h2load.at_most(taken, of, quantile)
+        assert np.quantile(np.sort(taken)[-of:], quantile, method="inverted_cdf") == bound
+        assert np.quantile(taken[:of], quantile, method="inverted_cdf") <= bound
 
 
 def test_a_client_takes_orders(folder: Path, address: str) -> None:
@@ -83,6 +111,14 @@ def test_a_client_takes_orders(folder: Path, address: str) -> None:
         assert len(client.tell(order | {"calls": 10**9, "patience_s": 0.2})["taken_ns"]) < 10_000
     finally:
         client.close()
+
+
+@pytest.mark.skipif(shutil.which("redis-server") is None, reason="there is no redis-server")
+def test_versions_tell_the_server_from_its_client() -> None:
+    """The version of the Redis that is asked stands beside those of packages, of which redis-py is its client."""
+    told = peers.versions()
+    assert {"feast", "redis-py", "redis-server"} <= told.keys()
+    assert all(re.match(r"\d+\.\d+", version) for version in told.values())
 
 
 def test_redis_commands_hold_their_rows() -> None:
@@ -175,3 +211,26 @@ def test_ratios_and_page_come_from_the_cells(tmp_path: Path) -> None:
     assert "**Not measured: Feast, HTTP.** no such package" in text
     assert "commit 0123abcde, on 2 CPUs" in text
     assert (tmp_path / page.PLOT).stat().st_size > 1_000
+
+
+def test_what_is_kept_names_its_commit_and_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is shown later of a benchmark says when it ran, of which commit and with what changes, and where."""
+    path, machine = tmp_path / "latest.json", report.machine()
+    for changed, told in ((True, ", with changes;"), (False, ";")):
+        report.keep("one", "One", [report.Figure("rate", 5.0, "req/s", 4.0)], machine | {"changed": changed}, path)
+        report.show_kept(path)
+        shown = capsys.readouterr().out
+        assert f"{machine['at'][:16]} UTC, commit {machine['commit'][:9]}{told} {machine['cpus']} CPUs, " in shown
+        assert re.search(r"rate +5\.00 req/s +>= 4\.00 +PASS", shown)
+
+
+def test_a_tail_of_few_samples_is_not_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """A p99 of fewer than 10,000 samples is shown as not told, and meets no target."""
+    latency = Histogram()
+    for _ in range(9_999):
+        latency.record(1_000)
+    assert np.isnan([report.p99_us(latency), report.told_p99(1.0, latency.count)]).all()
+    report.show("Tail", [report.Figure("p99", report.p99_us(latency), "us", 2.0, at_most=True)])
+    assert re.search(r"p99 +not told +<= 2\.00 +MISS", capsys.readouterr().out)
+    latency.record(1_000)
+    assert [report.p99_us(latency), report.told_p99(1.0, latency.count)] == pytest.approx([1.0, 1.0], rel=0.01)

@@ -133,14 +133,17 @@ def differs(system: System, values: Any) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the peers' packages, as they are pinned."""
+    """Return the versions of the peers' packages, as they are pinned, and of the redis-server that is installed."""
     lines = [
         line
         for name in ("feast", "redis-hiredis")
         for line in (environments.REQUIREMENTS / f"{name}.txt").read_text().splitlines()
     ]
     pinned = dict(line.split(";")[0].strip().split("==") for line in lines if "==" in line and line[0] not in " #")
-    return {name.partition("[")[0]: version for name, version in pinned.items() if name.partition("[")[0] in PINNED}
+    found = {name.partition("[")[0]: version for name, version in pinned.items() if name.partition("[")[0] in PINNED}
+    server = environments.redis_server_version()
+    named = {name if name != "redis" else "redis-py": version for name, version in found.items()}
+    return named if server is None else named | {"redis-server": server}
 
 
 def show(cells: Cells, found: list[report.Figure], missing: dict[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,18 @@ def redis_server() -> str:
     if found is None:
         raise NotThere("there is no redis-server on the path: apt-get install redis-server")
     return found
+
+
+def redis_server_version() -> str | None:
+    """Return the version of redis-server, None where there is none, or none that tells it."""
+    found = shutil.which("redis-server")
+    said = (
+        ""
+        if found is None
+        else subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
+    )
+    told = re.search(r"\bv=(\S+)", said)
+    return None if told is None else told[1]
 
 
 def finish(command: list[str], cwd: Path = ROOT) -> None:

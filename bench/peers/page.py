@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure as Drawing
 
 from bench.peers.rounds import KEYS, Cell, Cells, Length
-from bench.report import ROOT, Figure, number
+from bench.report import ROOT, Figure, commit_of, number
 
 PLOT = "benchmarks.svg"
 METHOD = """\
@@ -65,7 +65,7 @@ def _lines(cells: Cells, targets: list[Figure], told: dict[str, Any], length: Le
     yield from _filled(METHOD.format(**told))
     versions = ", ".join(f"{name} {at}" for name, at in told["versions"].items())
     yield from _filled(
-        f"Measured at {machine['at']}, commit {machine['commit'][:9]}, on {machine['cpus']} CPUs, {machine['cpu']}, "
+        f"Measured at {machine['at']}, commit {commit_of(machine)}, on {machine['cpus']} CPUs, {machine['cpu']}, "
         f"with Python {machine['python']}, {versions}, in {length.rounds} rounds. "
         f"The load average before was {machine['load_average'][0]:.1f}"
         f"{', so others were at work: trust no figure by itself' if machine['load_average'][0] > 1 else ''}. Absolute "

@@ -193,9 +193,9 @@ def time_calls(stub: FeatureServingServiceStub, request: pb.GetFeaturesRequest) 
         start = time.perf_counter()
         answer = stub.GetFeatures(request)
         took[i] = time.perf_counter() - start
-    p50, p99 = np.percentile(took * 1_000, [50, 99])
+    p50, p90 = np.percentile(took * 1_000, [50, 90])  # so few calls tell no p99
     flights = "1 flight " if answer.rows == 1 else f"{answer.rows} flights"
-    say(f"  {flights:>10} a request: p50 {p50:.2f} ms, p99 {p99:.2f} ms, {answer.ByteSize():,} bytes an answer")
+    say(f"  {flights:>10} a request: p50 {p50:.2f} ms, p90 {p90:.2f} ms, {answer.ByteSize():,} bytes an answer")
 
 
 def train() -> None:
