@@ -32,7 +32,7 @@ AGE_US = tuple(
     int(seconds * 1_000_000)
     for seconds in (0.01, 0.1, 1, 10, 60, 300, 1_800, 3_600, 21_600, 86_400, 259_200, 604_800, 2_592_000, 31_536_000)
 )
-MOST_NOTED = 512
+MOST_NOTED = 2_048
 """Requests that are noted before all are counted at once."""
 AGES_EVERY_NS = 100 * MS
 """How often the ages of an answer are looked at, at most: reading event times costs more than all else here."""
@@ -161,29 +161,33 @@ class Meter:
         None where each was for one row that was there and held no null. Of these the times alone are noted, and counted
         when they are many.
         """
-        with self._lock:
-            if matrix is not None:
+        if matrix is not None:
+            with self._lock:
                 durations, tally = self._counters(method, "OK", plan)
                 durations.add_all(np.array(took_ns))
                 assert tally is not None
                 tally.add(matrix)
-                return
-            key = method, plan.schema.hash
-            noted = self._noted.get(key)
-            if noted is None:
-                noted = self._noted[key] = plan, []
-            noted[1].extend(took_ns)
-            if len(noted[1]) >= MOST_NOTED:
+            return
+        # Without the lock: another thread sees all that a list is extended by, or nothing.
+        key = method, plan.schema.hash
+        found = self._noted.get(key)
+        if found is None:
+            found = self._noted.setdefault(key, (plan, []))
+        noted = found[1]
+        noted.extend(took_ns)
+        if len(noted) >= MOST_NOTED:
+            with self._lock:
                 self._count_noted()
 
     def _count_noted(self) -> None:
-        """Count what was noted, under the lock."""
-        for (method, _), (plan, took_ns) in self._noted.items():
+        """Count what was noted, under the lock; what is noted meanwhile stays."""
+        for (method, _), (plan, noted) in self._noted.copy().items():
+            took_ns = np.array(noted, np.int64)
+            del noted[: len(took_ns)]
             durations, tally = self._counters(method, "OK", plan)
             assert tally is not None
-            durations.add_all(np.array(took_ns, np.int64))
+            durations.add_all(took_ns)
             tally.rows += len(took_ns)
-            took_ns.clear()
 
     def _counters(self, method: str, code: str, plan: ReadPlan | None) -> tuple[Buckets, Tally | None]:
         """Return what counts the requests of a method, code and service."""

@@ -285,8 +285,10 @@ class NativeServer:
             answered += len(answers)
             if meter is not None:
                 ended_ns = perf_counter_ns()
-                took_ns = [ended_ns - asking[number][1] for number in share.numbers]
-                meter.add_together("GetFeatures", share.plan, matrix, took_ns)
+                took_ns = []
+                for number in share.numbers:
+                    took_ns.append(ended_ns - asking[number][1])
+                meter.add_together("GetFeatures", share.asked.plan, matrix, took_ns)
         return answered
 
     def _answer(self, turn: Turn) -> None:

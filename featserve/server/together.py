@@ -89,10 +89,6 @@ class Share:
     numbers: list[int]
     keys: list[EntityKeys | Integers]
 
-    @property
-    def plan(self) -> ReadPlan:
-        return self.asked.plan
-
     def answer(self, engine: Engine, now_us: int) -> tuple[FeatureMatrix | None, list[bytes]]:
         """Return the features of all of them, one after the other, and the answer of each; raises as ``read`` does.
 

@@ -12,18 +12,26 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import pairwise
 from random import Random, randbytes
+from struct import Struct
 from threading import Thread
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
+from google.protobuf.wrappers_pb2 import BytesValue
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from opentelemetry.proto.trace.v1.trace_pb2 import ScopeSpans, Span, SpanFlags, Status
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTraceServiceRequest,
+    ExportTraceServiceResponse,
+)
+from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
+from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Span, SpanFlags, Status
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
-from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import INVALID_SPAN_CONTEXT, SpanContext, TraceFlags, TraceState
 
@@ -39,27 +47,45 @@ NOT_RECORDED = f"00-{1:032x}-{1:016x}-00"
 """Says of a request that it is not recorded, and nothing else."""
 
 SCOPE = InstrumentationScope("featserve")
+EXPORT = "/opentelemetry.proto.collector.trace.v1.TraceService/Export"
+RECORDED = SpanContext(1, 1, False, TraceFlags(SAMPLED))
+"""Tells the SDK's queue to take a request."""
 LOCAL = SpanFlags.SPAN_FLAGS_CONTEXT_HAS_IS_REMOTE_MASK
 REMOTE = LOCAL | SpanFlags.SPAN_FLAGS_CONTEXT_IS_REMOTE_MASK
 """Of a span: that its parent is known to be of this process, or of another."""
 
+# What each field of a span that differs from request to request begins with, its value of so many bytes left out.
+TRACE_ID = Span(trace_id=bytes(16)).SerializeToString()[:-16]
+SPAN_ID = Span(span_id=bytes(8)).SerializeToString()[:-8]
+PARENT_ID = Span(parent_span_id=bytes(8)).SerializeToString()[:-8]
+START = Span(start_time_unix_nano=1).SerializeToString()[:-8]
+END = Span(end_time_unix_nano=1).SerializeToString()[:-8]
+OWN = Struct(f"<{len(SPAN_ID)}s8s{len(START)}sQ{len(END)}sQ")
+"""A span's own id and times, each behind the beginning of its field."""
+MOST_HEADS = 1_024
+"""Spans that differ in nothing else, and of which the rest is encoded once."""
+LENGTH_DELIMITED = 2
+"""The kind of field that a message is, and bytes are."""
+
 Metadata = Iterable[tuple[str, str | bytes]]
 
 
-@dataclass(frozen=True, slots=True)
-class Trace:
-    """A request that is recorded: its span, the caller's where it has one, and its stages."""
+class Trace(NamedTuple):
+    """A request that is recorded: its span, and its stages. ``parent_id`` is empty where no caller traces."""
 
-    context: SpanContext
-    parent: SpanContext | None
-    stages: Stages = field(default_factory=Stages)
+    trace_id: bytes
+    span_id: bytes
+    parent_id: bytes
+    flags: int
+    state: str
+    stages: Stages
 
 
 class Ended(ReadableSpan):
     """A request that has ended, as the SDK's queue takes it; ``spans``: it and its stages, as they are sent."""
 
-    def __init__(self, context: SpanContext, resource: Resource, spans: bytes) -> None:
-        super().__init__("", context, resource=resource)
+    def __init__(self, resource: Resource, spans: bytes) -> None:
+        super().__init__("", RECORDED, resource=resource)
         self.spans = spans
 
 
@@ -68,18 +94,27 @@ class Exporter(OTLPSpanExporter):
 
     def __init__(self, endpoint: str | None, resource: Resource) -> None:
         super().__init__(endpoint=endpoint)
-        self._frame = encode_spans(
+        (frame,) = encode_spans(
             [ReadableSpan("", INVALID_SPAN_CONTEXT, resource=resource, instrumentation_scope=SCOPE)]
-        )
-        self._frame.resource_spans[0].scope_spans[0].ClearField("spans")
+        ).resource_spans
+        (scope,) = frame.scope_spans
+        scope.ClearField("spans")
+        self._scope = scope.SerializeToString()
+        frame.ClearField("scope_spans")
+        self._of_resource = frame.SerializeToString()
 
-    def _translate_data(self, data: Sequence[ReadableSpan]) -> ExportTraceServiceRequest:
-        request = ExportTraceServiceRequest()
-        request.CopyFrom(self._frame)
-        # Encoded messages, one after the other, are one message with the spans of all.
-        encoded = b"".join(ended.spans for ended in data if isinstance(ended, Ended))
-        request.resource_spans[0].scope_spans[0].MergeFromString(encoded)
-        return request
+    def _initialize_channel_and_stub(self) -> None:
+        super()._initialize_channel_and_stub()  # type: ignore[no-untyped-call]
+        # As the SDK's own, but for that it sends what is encoded.
+        channel: Any = self._channel
+        export = channel.unary_unary(EXPORT, response_deserializer=ExportTraceServiceResponse.FromString)
+        self._client: Any = SimpleNamespace(Export=export)
+
+    def _translate_data(self, data: Sequence[ReadableSpan]) -> Any:
+        # Encoded messages, one after the other, are one message with the fields of all.
+        spans = b"".join([self._scope, *(ended.spans for ended in data if isinstance(ended, Ended))])
+        of_resource = self._of_resource + _field(ResourceSpans.SCOPE_SPANS_FIELD_NUMBER, spans)
+        return _field(ExportTraceServiceRequest.RESOURCE_SPANS_FIELD_NUMBER, of_resource)
 
 
 class Tracing:
@@ -102,7 +137,6 @@ class Tracing:
         self._resource = Resource.create(resource or {"service.name": config.service_name})
         self._exporter = exporter or Exporter(config.otlp_endpoint, self._resource)
         self._processor = BatchSpanProcessor(self._exporter)
-        self._ids = RandomIdGenerator()
 
     def begin(self, metadata: Metadata) -> Trace | None:
         """Return a trace for a request that is to be recorded, else None."""
@@ -111,64 +145,40 @@ class Tracing:
                 found = TRACEPARENT.fullmatch(value) if isinstance(value, str) else None
                 if found is None:
                     break
-                return self._trace(_context(found, metadata)) if int(found[3], 16) & SAMPLED else None
-        return self._trace(None) if self._chance() < self._ratio else None
-
-    def _trace(self, parent: SpanContext | None) -> Trace:
-        if parent is None:
-            trace_id, flags, state = self._ids.generate_trace_id(), TraceFlags(SAMPLED), None
-        else:
-            trace_id, flags, state = parent.trace_id, parent.trace_flags, parent.trace_state
-        return Trace(SpanContext(trace_id, self._ids.generate_span_id(), False, flags, state), parent)
+                return _below(found, metadata) if int(found[3], 16) & SAMPLED else None
+        if self._chance() < self._ratio:
+            return Trace(randbytes(16), randbytes(8), b"", SAMPLED, "", Stages())
+        return None
 
     @staticmethod
     def passed_on(metadata: Metadata, trace: Trace | None) -> Metadata:
         """Return the metadata of a request for who goes on with it: as below its span, or as not recorded."""
-        state = () if trace is None or trace.parent is None else ("tracestate",)
+        state = () if trace is None or not trace.parent_id else ("tracestate",)
         rest = [(key, value) for key, value in metadata if key not in ("traceparent", "tracestate") or key in state]
         if trace is None:
             return [("traceparent", NOT_RECORDED), *rest]
-        own = trace.context
-        return [("traceparent", f"00-{own.trace_id:032x}-{own.span_id:016x}-{own.trace_flags:02x}"), *rest]
+        return [("traceparent", f"00-{trace.trace_id.hex()}-{trace.span_id.hex()}-{trace.flags:02x}"), *rest]
 
     def end(self, trace: Trace, name: str, attributes: Mapping[str, str | int], failure: str | None) -> None:
         """Export the spans of a request that has ended: the server's, called ``name``, and one below it for each stage.
 
         ``failure``: what went wrong, where that is the server's fault.
         """
-        stages, context, parent = trace.stages.timed(), trace.context, trace.parent
+        trace_id, span_id, parent_id, _, state, stages = trace
         epoch_ns = time.time_ns() - time.perf_counter_ns()
-        start_ns, end_ns = trace.stages.begun[0][1] + epoch_ns, trace.stages.ended_ns + epoch_ns
-        trace_id, span_id = context.trace_id.to_bytes(16), context.span_id.to_bytes(8)
-        trace_state = "" if parent is None else parent.trace_state.to_header()
-        ids = randbytes(8 * len(stages))
-        scope = ScopeSpans()
-        for i, (stage, after_ns, duration_ns) in enumerate(stages):
-            scope.spans.add(
-                trace_id=trace_id,
-                span_id=ids[8 * i : 8 * i + 8],
-                trace_state=trace_state,
-                parent_span_id=span_id,
-                flags=LOCAL,
-                name=stage,
-                kind=Span.SPAN_KIND_INTERNAL,
-                start_time_unix_nano=start_ns + after_ns,
-                end_time_unix_nano=start_ns + after_ns + duration_ns,
-            )
-        scope.spans.add(
-            trace_id=trace_id,
-            span_id=span_id,
-            trace_state=trace_state,
-            parent_span_id=None if parent is None else parent.span_id.to_bytes(8),
-            flags=LOCAL if parent is None else REMOTE,
-            name=name,
-            kind=Span.SPAN_KIND_SERVER,
-            start_time_unix_nano=start_ns,
-            end_time_unix_nano=end_ns,
-            attributes=[{"key": key, "value": _value(value)} for key, value in attributes.items()],
-            status=None if failure is None else {"code": Status.STATUS_CODE_ERROR, "message": failure},
-        )
-        self._processor.on_end(Ended(context, self._resource, scope.SerializeToString()))
+        begun = [*stages.begun, ("", stages.ended_ns)]  # a copy: a write whose caller is gone may still go on
+        ids = randbytes(8 * len(begun))
+        within, kind = TRACE_ID + trace_id + PARENT_ID + span_id, Span.SPAN_KIND_INTERNAL
+        size = len(within) + OWN.size
+        spans: list[bytes] = []
+        for i, ((stage, start_ns), (_, end_ns)) in enumerate(pairwise(begun)):
+            own = OWN.pack(SPAN_ID, ids[8 * i : 8 * i + 8], START, start_ns + epoch_ns, END, end_ns + epoch_ns)
+            spans += (_head(size, stage, kind, LOCAL, state), within, own)
+        within = TRACE_ID + trace_id + (PARENT_ID + parent_id if parent_id else b"")
+        size, kind, flags = len(within) + OWN.size, Span.SPAN_KIND_SERVER, REMOTE if parent_id else LOCAL
+        own = OWN.pack(SPAN_ID, span_id, START, begun[0][1] + epoch_ns, END, stages.ended_ns + epoch_ns)
+        spans += (_head(size, name, kind, flags, state, tuple(attributes.items()), failure), within, own)
+        self._processor.on_end(Ended(self._resource, b"".join(spans)))
 
     def close(self, seconds: float) -> None:
         """Send what is left, and give up after ``seconds``."""
@@ -179,13 +189,39 @@ class Tracing:
             self._exporter.shutdown()
 
 
-def _context(found: re.Match[str], metadata: Metadata) -> SpanContext:
-    """Return the caller's span."""
+def _below(found: re.Match[str], metadata: Metadata) -> Trace:
+    """Return a request's trace below the caller's span."""
     states = [value for key, value in metadata if key == "tracestate" and isinstance(value, str)]
-    return SpanContext(
-        int(found[1], 16), int(found[2], 16), True, TraceFlags(int(found[3], 16)), TraceState.from_header(states)
+    state = TraceState.from_header(states).to_header() if states else ""
+    return Trace(bytes.fromhex(found[1]), randbytes(8), bytes.fromhex(found[2]), int(found[3], 16), state, Stages())
+
+
+@lru_cache(MOST_HEADS)
+def _head(
+    size: int,
+    name: str,
+    kind: Span.SpanKind.ValueType,
+    flags: int,
+    trace_state: str,
+    attributes: tuple[tuple[str, str | int], ...] = (),
+    failure: str | None = None,
+) -> bytes:
+    """Return a span among those of a scope, up to its ids and times, ``size`` bytes that are to follow."""
+    span = Span(
+        name=name,
+        kind=kind,
+        flags=flags,
+        trace_state=trace_state,
+        attributes=[KeyValue(key=key, value=_value(value)) for key, value in attributes],
+        status=None if failure is None else Status(code=Status.STATUS_CODE_ERROR, message=failure),
     )
+    return _field(ScopeSpans.SPANS_FIELD_NUMBER, span.SerializeToString() + bytes(size))[:-size]
 
 
-def _value(value: str | int) -> dict[str, str | int]:
-    return {"string_value": value} if isinstance(value, str) else {"int_value": value}
+def _value(value: str | int) -> AnyValue:
+    return AnyValue(string_value=value) if isinstance(value, str) else AnyValue(int_value=value)
+
+
+def _field(number: int, message: bytes) -> bytes:
+    """Return an encoded message as a field of another, which is encoded as bytes are."""
+    return bytes([number << 3 | LENGTH_DELIMITED]) + BytesValue(value=message).SerializeToString()[1:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 
@@ -18,7 +19,7 @@ from featserve.config import TelemetryConfig
 from featserve.errors import ServingError
 from featserve.server.service import Call
 from featserve.server.telemetry import UNWATCHED, Telemetry
-from featserve.server.tracing import Ended, Tracing
+from featserve.server.tracing import LOCAL, REMOTE, Ended, Tracing
 from tests.server.collector import Collector
 from tests.server.messages import HOUR_US, activity, now_us, nulls, numbers, packed, weather, wide
 from tests.server.test_forward import VISITS
@@ -339,6 +340,50 @@ def test_times_are_those_of_the_stopwatch() -> None:
     assert request.start_time_unix_nano == first.start_time_unix_nano
     assert request.end_time_unix_nano == second.end_time_unix_nano
     assert first.parent_span_id == second.parent_span_id == request.span_id
+
+
+def test_spans_are_encoded_as_protobuf_does(seed: int) -> None:
+    """What is put together by hand says the same as the protocol's own message, for names and states of any length."""
+    draw = Random(seed)
+
+    def text(longest: int) -> str:
+        return "".join(draw.choices("aé€-1", k=draw.randint(0, longest)))
+
+    for _ in range(300):
+        exporter = InMemorySpanExporter()
+        tracing = Tracing(TelemetryConfig(sample_ratio=1), exporter=exporter)
+        state = draw.choice(["", "vendor=1", f"vendor={'x' * draw.randint(1, 250)}"])
+        trace = tracing.begin(draw.choice([(), traced(tracestate=state)]))
+        assert trace is not None
+        names = [text(300) for _ in range(draw.randint(1, 12))]
+        for name in names:
+            trace.stages.begin(name)
+        trace.stages.end()
+        values: list[str | int] = [text(300), draw.getrandbits(40), 0]
+        attributes = {text(50): draw.choice(values) for _ in range(draw.randint(0, 5))}
+        failure = draw.choice([None, text(2_000)])
+        tracing.end(trace, text(200), attributes, failure)
+        tracing.close(10)
+        *stages, server = spans(exporter)
+        times = [at for _, at in trace.stages.begun] + [trace.stages.ended_ns]
+        first_ns = server.start_time_unix_nano - times[0]
+        timed = zip(names, pairwise(times), strict=True)
+        said = [(name, begun + first_ns, ended + first_ns) for name, (begun, ended) in timed]
+        assert [(s.name, s.start_time_unix_nano, s.end_time_unix_nano) for s in stages] == said
+        assert len({s.span_id for s in (*stages, server)}) == len(names) + 1
+        for span in stages:
+            expected = Span(
+                trace_id=trace.trace_id, span_id=span.span_id, parent_span_id=trace.span_id, trace_state=trace.state,
+                flags=LOCAL, name=span.name, kind=Span.SPAN_KIND_INTERNAL,
+                start_time_unix_nano=span.start_time_unix_nano, end_time_unix_nano=span.end_time_unix_nano,
+            )  # fmt: skip
+            assert span == expected
+        assert (server.trace_id, server.span_id, server.parent_span_id) == trace[:3]
+        assert (server.flags, server.kind) == (REMOTE if trace.parent_id else LOCAL, Span.SPAN_KIND_SERVER)
+        assert (server.trace_state, server.end_time_unix_nano) == (trace.state, times[-1] + first_ns)
+        told = {pair.key: getattr(pair.value, str(pair.value.WhichOneof("value"))) for pair in server.attributes}
+        assert told == attributes
+        assert (server.status.code, server.status.message) == ((0, "") if failure is None else (2, failure))
 
 
 def test_an_error_that_is_no_text_is_told() -> None:
