@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -189,6 +190,25 @@ def test_what_is_known_is_bounded(rng: np.random.Generator) -> None:
         known.add(rows, [rng.bytes(200) for _ in rows], i)
         assert sum(len(row) for of in known._answers for row in of) <= MOST_KNOWN_BYTES + 4 * 400_040
         assert known._answers.keys() == known._ends_us.keys() >= set(rows)
+
+
+def test_requests_leave_nothing_to_the_garbage_collector(service: Service) -> None:
+    """However many requests are answered, alone or together, the garbage collector is never set off by them."""
+    requests = [ask(*range(user, user + 10)).SerializeToString() for ask in (wide, ranking) for user in range(5)]
+    collected = list[str]()
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        collected.append(phase)
+
+    for times in (1, 500):
+        gc.collect()
+        gc.callbacks.append(note)
+        for request in requests * times:
+            service.get_features(request, Call())
+        for _ in range(times):
+            _answers(service, *requests)
+        gc.callbacks.remove(note)
+    assert collected == []
 
 
 def test_one_service_is_read_once(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
