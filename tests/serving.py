@@ -212,8 +212,9 @@ class Server:
         return revisions[-1]
 
     def events(self) -> list[dict[str, Any]]:
-        """Return what it has logged."""
-        return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+        """Return what it has logged, but for a line that is being written."""
+        lines = self.log.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("\n")]
 
     @contextmanager
     def channel(self, *options: tuple[str, Any]) -> Iterator[grpc.Channel]:

@@ -1,10 +1,11 @@
-"""The reads of a store in this process: counted, and held up while a test sends what is to wait behind them."""
+"""The reads, or the writes, of a store in this process: counted, and held up while a test sends what is to wait."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -12,26 +13,26 @@ from featserve.store.rocksdb import RocksStore
 from tests.serving import PATIENCE_S
 
 
-class Reads:
-    """``keys``: how many each read has asked for so far."""
+class Held:
+    """``keys``: how many each read, or write, was of so far. ``method``: of the store, of which it holds every call."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, method: str = "read_many") -> None:
         self.keys: list[int] = []
         self._begun, self._may_go_on = threading.Event(), threading.Event()
         self._may_go_on.set()
-        read_many = RocksStore.read_many
+        meant = getattr(RocksStore, method)
 
-        def held(store: RocksStore, keys: list[bytes]) -> list[bytes | None]:
+        def held(store: RocksStore, keys: list[bytes], *rows: Any) -> Any:
             self.keys.append(len(keys))
             self._begun.set()
             assert self._may_go_on.wait(PATIENCE_S)
-            return read_many(store, keys)
+            return meant(store, keys, *rows)
 
-        monkeypatch.setattr(RocksStore, "read_many", held)
+        monkeypatch.setattr(RocksStore, method, held)
 
     @contextmanager
     def held(self) -> Iterator[threading.Event]:
-        """Let no read end; give what tells that one has begun."""
+        """Let none end; give what tells that one has begun."""
         self._begun.clear()
         self._may_go_on.clear()
         try:

@@ -10,10 +10,14 @@ import grpc
 import pytest
 
 from featserve._proto import serving_pb2 as pb
+from featserve._proto.serving_pb2_grpc import FeatureServingServiceStub
+from featserve.server.meter import Meter
+from featserve.server.telemetry import Telemetry
+from tests.server.held import Held
 from tests.server.messages import activity, now_us, numbers, ranking, refusal, texts, wide
-from tests.server.streams import Stream, busy
+from tests.server.streams import Stream
 from tests.server.watched import scrape, value, watched
-from tests.serving import Server, until
+from tests.serving import PATIENCE_S, TRANSPORTS, Project, Server, served_here, until
 
 pytest_plugins = ["tests.served"]
 
@@ -35,21 +39,34 @@ def ended(server: Server, method: str, code: str) -> int:
     return int(value(scrape(server), "rpc_server_call_duration_seconds_count", **labels))
 
 
-def test_passed_deadlines_are_told_from_cancelled_calls(counted: Server) -> None:
+def test_passed_deadlines_are_told_from_cancelled_calls(
+    transport: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A call that ends in the queue at its deadline counts as such, one that its caller cancels there as cancelled."""
-    with counted.stub() as stub:
-        before = busy(stub)
-        late = stub.WriteRows.future(numbers([1], 1.0), timeout=0.4)
-        cancelled = stub.WriteRows.future(numbers([1], 1.0), timeout=60)
-        stub.ListServices(pb.ListServicesRequest())  # the connection carries this behind those
-        assert value(scrape(counted), "featserve_requests_active") > 0
-        cancelled.cancel()
-        assert late.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        assert not before[-1].done(), "the writer was not kept busy for long enough"
-        assert [call.result().rows for call in before] == [40_000] * 3
-    for code in ("DEADLINE_EXCEEDED", "CANCELLED"):
-        until(f"one counts as {code}", lambda: ended(counted, "WriteRows", code))  # noqa: B023
-        assert ended(counted, "WriteRows", code) == 1
+    writes, meter = Held(monkeypatch, "write_many"), Meter()
+    monkeypatch.setattr(Telemetry, "open", lambda *arguments: Telemetry(None, meter))
+
+    def ended() -> dict[str, int]:
+        return {
+            code: sum(times.counts) for (method, _, code), times in meter.durations.items() if method == "WriteRows"
+        }
+
+    def ask(address: str) -> None:
+        with grpc.insecure_channel(address) as channel:
+            stub = FeatureServingServiceStub(channel)
+            with writes.held() as begun:
+                before = stub.WriteRows.future(numbers([1], 1.0), timeout=PATIENCE_S)
+                assert begun.wait(PATIENCE_S)
+                late = stub.WriteRows.future(numbers([2], 1.0), timeout=2.0)
+                cancelled = stub.WriteRows.future(numbers([3], 1.0), timeout=PATIENCE_S)
+                stub.ListServices(pb.ListServicesRequest())  # the connection carries this behind those
+                cancelled.cancel()
+                assert late.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+                until("both have ended", lambda: sum(ended().values()) == 2)
+            assert before.result().rows == 1
+
+    served_here(Project.make(tmp_path / "project", **TRANSPORTS[transport]), ask)
+    assert ended() == {"DEADLINE_EXCEEDED": 1, "CANCELLED": 1, "OK": 1}
 
 
 def test_an_answer_over_the_limit_counts_as_refused(counted: Server) -> None:

@@ -17,7 +17,7 @@ from featserve._proto import serving_pb2 as pb
 from featserve._proto.serving_pb2_grpc import FeatureServingServiceStub
 from featserve.server.meter import Meter
 from featserve.server.telemetry import Telemetry
-from tests.server.held import Reads
+from tests.server.held import Held
 from tests.server.messages import numbers, ranking, read_error, refusal, wide
 from tests.server.streams import Stream, busy
 from tests.serving import PATIENCE_S, TRANSPORTS, Project, Server, served_here, until
@@ -118,7 +118,7 @@ def test_reads_whose_deadline_passes_behind_another_are_not_done(
     transport: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reads that wait for one before them past their deadline are never done; those with time left are."""
-    reads, meter = Reads(monkeypatch), Meter()
+    reads, meter = Held(monkeypatch), Meter()
     monkeypatch.setattr(Telemetry, "open", lambda *arguments: Telemetry(None, meter))
 
     def ask(address: str) -> None:

@@ -33,7 +33,7 @@ from featserve.server.tally import Tally
 from featserve.server.telemetry import Telemetry
 from featserve.store import open_store
 from featserve.types import Column
-from tests.server.held import Reads
+from tests.server.held import Held
 from tests.server.messages import HOUR_US, activity, now_us, nulls, numbers, packed, refusal, weather, wide
 from tests.server.test_killed_workers import ORDERS
 from tests.server.watched import WITH_TRANSFORMS, page, scored, scrape, value, watched
@@ -221,7 +221,7 @@ def test_the_delay_of_the_event_loop_is_looked_at(counted: Server) -> None:
 
 def test_a_delay_of_who_answers_is_counted(transport: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a read holds up all others for 0.4 s, event loop or thread, a delay of 0.2 to 0.5 s, or more, is seen."""
-    reads, meter = Reads(monkeypatch), Meter()
+    reads, meter = Held(monkeypatch), Meter()
     monkeypatch.setattr(Telemetry, "open", lambda *arguments: Telemetry(None, meter))
 
     def late() -> int:

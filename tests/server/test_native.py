@@ -20,7 +20,7 @@ from featserve.errors import ServingError
 from featserve.server import native
 from featserve.server.app import run
 from featserve.server.native import NativeServer
-from tests.server.held import Reads
+from tests.server.held import Held
 from tests.server.messages import numbers, wide
 from tests.serving import PATIENCE_S, TRANSPORTS, Project, Server, served_here
 
@@ -54,7 +54,7 @@ def test_a_failure_of_a_thread_ends_the_server(tmp_path: Path, monkeypatch: pyte
 
 def test_reads_that_wait_are_answered_with_one_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sixteen reads that wait behind another share one read of the store, and each gets its own answer."""
-    reads = Reads(monkeypatch)
+    reads = Held(monkeypatch)
 
     def ask(address: str) -> list[float]:
         with grpc.insecure_channel(address) as channel:

@@ -14,8 +14,8 @@ import pytest
 
 from featserve._proto import serving_pb2 as pb
 from featserve._proto.serving_pb2_grpc import FeatureServingServiceStub
-from featserve.engine import Engine
 from featserve.server.service import READS, WRITE_STREAMS, WRITES
+from featserve.store.rocksdb import RocksStore
 from tests.server.messages import (
     HOUR_US,
     Refusal,
@@ -402,7 +402,7 @@ def test_what_nobody_expected_is_an_internal_error(
         with grpc.insecure_channel(address) as channel:
             call = getattr(FeatureServingServiceStub(channel), method)
             with monkeypatch.context() as broken:
-                broken.setattr(Engine, "read" if method == "GetFeatures" else "write", fail)
+                broken.setattr(RocksStore, "read_many" if method == "GetFeatures" else "write_many", fail)
                 refused = refusal(lambda: call(request, timeout=PATIENCE_S))
             call(request, timeout=PATIENCE_S)
         return refused
