@@ -6,6 +6,7 @@ now, or is wrong in some way, is in no share: ``Service.get_features`` answers i
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +24,10 @@ TOGETHER_BYTES = 512
 """The largest request that shares a read: a hundred rows gain nothing by it, and hold the others up."""
 MOST_SEEN = 4_096
 """Requests that are known without parsing: some hundred bytes each."""
-MOST_KNOWN_BYTES = 64 << 20
+MOST_KNOWN_BYTES = 16 << 20
 """What the answers of a service that are known take at most, with the rows that they were made of."""
+ONCE = 1 << 16
+"""How many rows that were asked for once are remembered."""
 KNOWN_BYTES = 400
 """What such an answer takes beside these bytes: its objects, and its part of the dictionary."""
 
@@ -36,7 +39,8 @@ class Known:
     """Answers of one service to requests for one row, by the stored rows that they were made of, one of each view.
 
     A stored row says the same to whoever asks for it, until it expires: so an answer is looked up once the store was
-    read, and is never older than that. Only rows that are all there, visible and without a null are known.
+    read, and is never older than that. Only rows that are all there, visible and without a null are known, and only
+    from the second time on that they are asked for: to keep what nobody asks for again would cost more than it brings.
     """
 
     def __init__(self, ttls_us: Sequence[int | None]) -> None:
@@ -45,6 +49,8 @@ class Known:
         self._answers: dict[Rows, bytes] = {}
         self._ends_us: dict[Rows, int] = {}
         """The last instant at which each is right, where it expires."""
+        self._once = array("q", bytes(8 * ONCE))
+        """The hashes of rows that were asked for, each in the place of one before it."""
         self._since_us = 0
         self._held = 0
 
@@ -58,11 +64,17 @@ class Known:
         return answers  # type: ignore[return-value]
 
     def add(self, rows: Sequence[Rows], answers: Sequence[bytes], now_us: int) -> None:
-        """Take answers that are right now. Begin anew where they are too many, or the clock was put back."""
+        """Take answers that are right now, if it is not for the first time; begin anew where they are too many, or the
+        clock was put back.
+        """
         if self._held > MOST_KNOWN_BYTES or now_us < self._since_us:
             self._answers, self._ends_us, self._held = {}, {}, 0
         self._since_us = now_us
         for of, answer in zip(rows, answers, strict=True):
+            number = hash(of)
+            if self._once[number % ONCE] != number:
+                self._once[number % ONCE] = number
+                continue
             self._answers[of] = answer
             self._held += KNOWN_BYTES + len(answer) + sum(map(len, of))
             timed = zip(of, self._ttls_us, strict=True)
