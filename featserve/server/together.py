@@ -28,59 +28,78 @@ MOST_KNOWN_BYTES = 16 << 20
 """What the answers of a service that are known take at most, with the rows that they were made of."""
 ONCE = 1 << 16
 """How many rows that were asked for once are remembered."""
+MOST_MISSED, PAUSE = 64, 256
+"""Reads for which nothing was known, by which what is known is left alone, and for how many reads."""
 KNOWN_BYTES = 400
 """What such an answer takes beside these bytes: its objects, and its part of the dictionary."""
 
-Rows = tuple[bytes, ...]
-"""The stored rows that an answer is made of, one of each view."""
+Ids = tuple[int, ...]
+"""Where the stored rows that an answer is made of are in memory, one of each view."""
 
 
 class Known:
-    """Answers of one service to requests for one row, by the stored rows that they were made of, one of each view.
+    """Answers of one service to requests for one row, by where the rows that they were made of are in memory, one of
+    each view: the cache in front of the store gives the same objects until a write replaces them.
 
     A stored row says the same to whoever asks for it, until it expires: so an answer is looked up once the store was
     read, and is never older than that. Only rows that are all there, visible and without a null are known, and only
     from the second time on that they are asked for: to keep what nobody asks for again would cost more than it brings.
+    They are held, so that nothing else can come to be where they are.
     """
 
     def __init__(self, ttls_us: Sequence[int | None]) -> None:
         """``ttls_us``: that of each view."""
         self._ttls_us = ttls_us
-        self._answers: dict[Rows, bytes] = {}
-        self._ends_us: dict[Rows, int] = {}
+        self._answers: dict[Ids, bytes] = {}
+        self._ends_us: dict[Ids, int] = {}
         """The last instant at which each is right, where it expires."""
+        self._rows: list[bytes] = []
         self._once = array("q", bytes(8 * ONCE))
-        """The hashes of rows that were asked for, each in the place of one before it."""
+        """The hashes of what was asked for, each in the place of one before it."""
         self._since_us = 0
         self._held = 0
+        self._missed = self._pause = 0
 
-    def get(self, rows: Sequence[Rows], now_us: int) -> list[bytes] | None:
-        """Return the answer for each; None where one is not known, or not known to be right now."""
-        answers = list(map(self._answers.get, rows))
+    def pauses(self) -> bool:
+        """Say whether so much was not known lately that what comes next is not looked for."""
+        if self._pause:
+            self._pause -= 1
+            return True
+        if self._missed >= MOST_MISSED:
+            self._missed, self._pause = MOST_MISSED // 2, PAUSE
+        return False
+
+    def get(self, ids: Sequence[Ids], now_us: int) -> list[bytes] | None:
+        """Return the answer for the rows of each; None where one is not known, or not known to be right now."""
+        answers: Any = list(map(self._answers.get, ids))
         if now_us < self._since_us or None in answers:
+            self._missed += 1
             return None
-        if self._ends_us and min(map(self._ends_us.__getitem__, rows)) < now_us:
+        if self._ends_us and min(map(self._ends_us.__getitem__, ids)) < now_us:
             return None
-        return answers  # type: ignore[return-value]
+        self._missed = max(self._missed - 3, 0)  # by one that is known more is won than three others lose
+        return answers  # type: ignore[no-any-return]
 
-    def add(self, rows: Sequence[Rows], answers: Sequence[bytes], now_us: int) -> None:
-        """Take answers that are right now, if it is not for the first time; begin anew where they are too many, or the
-        clock was put back.
+    def add(self, rows: Sequence[tuple[bytes, ...]], answers: Sequence[bytes], now_us: int) -> None:
+        """Take answers that are right now, if not for the first time; begin anew where it is too much, or the clock was
+        put back.
         """
         if self._held > MOST_KNOWN_BYTES or now_us < self._since_us:
-            self._answers, self._ends_us, self._held = {}, {}, 0
+            self._answers, self._ends_us, self._rows, self._held = {}, {}, [], 0
         self._since_us = now_us
         for of, answer in zip(rows, answers, strict=True):
-            number = hash(of)
+            ids = tuple(map(id, of))
+            number = hash(ids)
             if self._once[number % ONCE] != number:
                 self._once[number % ONCE] = number
-                continue
-            self._answers[of] = answer
-            self._held += KNOWN_BYTES + len(answer) + sum(map(len, of))
-            timed = zip(of, self._ttls_us, strict=True)
-            ends_us = [event_time_us(row) + ttl_us for row, ttl_us in timed if ttl_us is not None]
-            if ends_us:
-                self._ends_us[of] = min(ends_us)
+            elif ids not in self._answers:
+                self._answers[ids] = answer
+                self._rows += of
+                self._held += KNOWN_BYTES + len(answer) + sum(map(len, of))
+                timed = zip(of, self._ttls_us, strict=True)
+                ends_us = [event_time_us(row) + ttl_us for row, ttl_us in timed if ttl_us is not None]
+                if ends_us:
+                    self._ends_us[ids] = min(ends_us)
 
 
 class Asked:
@@ -109,14 +128,18 @@ class Share:
         plan, known, requests = self.asked.plan, self.asked.known, len(self.numbers)
         keys = join_keys(self.keys)
         found = engine.store.read_many(wanted(plan, keys))
-        rows: list[Any] | None = None
-        if known is not None and keys.count == requests:
-            rows = list(zip(*(found[at : at + requests] for at in range(0, len(found), requests)), strict=True))
-            if (answers := known.get(rows, now_us)) is not None:
-                return None, answers
-        matrix = fill(plan, found, keys.count, now_us)
-        answers = encode_parts(matrix, [of.count for of in self.keys])
-        if known is not None and rows is not None and matrix.valid is None:
+        if known is None or keys.count != requests or known.pauses():
+            matrix = fill(plan, found, keys.count, now_us)
+            return matrix, encode_parts(matrix, [of.count for of in self.keys])
+        views = range(0, len(found), requests)
+        places = list(map(id, found))
+        answers = known.get(list(zip(*[places[at : at + requests] for at in views], strict=True)), now_us)
+        if answers is not None:
+            return None, answers
+        matrix = fill(plan, found, requests, now_us)
+        answers = encode_parts(matrix, [1] * requests)
+        if matrix.valid is None:
+            rows: Any = list(zip(*[found[at : at + requests] for at in views], strict=True))
             known.add(rows, answers, now_us)
         return matrix, answers
 

@@ -148,6 +148,7 @@ def test_what_is_known_of_a_row_is_what_it_says_now(
     It is often looked up.
     """
     monkeypatch.setattr(together_module, "MOST_KNOWN_BYTES", 20_000)
+    monkeypatch.setattr(together_module, "PAUSE", 2)
     started_us = clock_us = now_us() + 60_000_000
     moving = Service(service.engine, Limits(10_000, 60_000_000), lambda: clock_us)
     made = list[int]()
@@ -183,17 +184,36 @@ def test_what_is_known_of_a_row_is_what_it_says_now(
 
 
 def test_what_is_known_is_bounded(rng: np.random.Generator) -> None:
-    """A row is known from the second time on, and however many are asked for, what is known takes only so much."""
-    known = Known([None, TTL_US])
+    """A row is known from the second time on, and however many are asked for, what is held takes only so much."""
+    known, rows = Known([None, TTL_US]), list[tuple[bytes, bytes]]()
     for i in range(600):
         of_now = bytes(8) + (i + 2**63).to_bytes(8, "big") + rng.bytes(24)
-        rows, answer = [(rng.bytes(100_000), of_now)], rng.bytes(200)
-        for times in range(2):
-            assert known.get(rows, i) is None, times
-            known.add(rows, [answer], i)
-        assert known.get(rows, i) == [answer]
-        assert sum(len(row) for of in known._answers for row in of) <= MOST_KNOWN_BYTES + 100_040
+        rows.append((rng.bytes(100_000), of_now))  # all stay, so that none comes to be where another was
+        ids, answer = [(id(rows[-1][0]), id(rows[-1][1]))], rng.bytes(200)
+        for _ in range(2):
+            assert known.get(ids, i) is None
+            known.add(rows[-1:], [answer], i)
+        assert known.get(ids, i) == [answer]
+        assert sum(map(len, known._rows)) <= MOST_KNOWN_BYTES + 100_040
         assert known._answers.keys() == known._ends_us.keys()
+
+
+def test_what_is_never_known_is_seldom_looked_for(rng: np.random.Generator) -> None:
+    """Where no row is asked for twice few are looked for; where one is again and again nearly all are, from then on."""
+    known, row = Known([None]), (rng.bytes(40),)
+    looked = 0
+    for i in range(3_000):
+        if not known.pauses():
+            looked += 1
+            assert known.get([(i,)], 0) is None
+    assert looked < 600
+    looked = 0
+    for _ in range(3_000):
+        if not known.pauses():
+            looked += 1
+            if known.get([(id(row[0]),)], 0) is None:
+                known.add([row], [b"answer"], 0)
+    assert looked > 2_700
 
 
 def test_requests_leave_nothing_to_the_garbage_collector(service: Service) -> None:
