@@ -6,7 +6,6 @@ now, or is wrong in some way, is in no share: ``Service.get_features`` answers i
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,15 +25,15 @@ MOST_SEEN = 4_096
 """Requests that are known without parsing: some hundred bytes each."""
 MOST_KNOWN_BYTES = 16 << 20
 """What the answers of a service that are known take at most, with the rows that they were made of."""
-ONCE = 1 << 16
-"""How many rows that were asked for once are remembered."""
+MOST_ONCE = 1 << 14
+"""Answers that were asked for once, as far as they are remembered."""
 MOST_MISSED, PAUSE = 64, 256
 """Reads for which nothing was known, by which what is known is left alone, and for how many reads."""
 KNOWN_BYTES = 400
 """What such an answer takes beside these bytes: its objects, and its part of the dictionary."""
 
-Ids = tuple[int, ...]
-"""Where the stored rows that an answer is made of are in memory, one of each view."""
+Ids = int | tuple[int, ...]
+"""Where the stored rows that an answer is made of are in memory: one, or one of each view."""
 
 
 class Known:
@@ -54,8 +53,8 @@ class Known:
         self._ends_us: dict[Ids, int] = {}
         """The last instant at which each is right, where it expires."""
         self._rows: list[bytes] = []
-        self._once = array("q", bytes(8 * ONCE))
-        """The hashes of what was asked for, each in the place of one before it."""
+        self._once: set[int] = set()
+        """The hashes of what was asked for."""
         self._since_us = 0
         self._held = 0
         self._missed = self._pause = 0
@@ -80,26 +79,26 @@ class Known:
         self._missed = max(self._missed - 3, 0)  # by one that is known more is won than three others lose
         return answers  # type: ignore[no-any-return]
 
-    def add(self, rows: Sequence[tuple[bytes, ...]], answers: Sequence[bytes], now_us: int) -> None:
+    def add(self, ids: Sequence[Ids], rows: Sequence[tuple[bytes, ...]], answers: Sequence[bytes], now_us: int) -> None:
         """Take answers that are right now, if not for the first time; begin anew where it is too much, or the clock was
         put back.
         """
         if self._held > MOST_KNOWN_BYTES or now_us < self._since_us:
             self._answers, self._ends_us, self._rows, self._held = {}, {}, [], 0
         self._since_us = now_us
-        for of, answer in zip(rows, answers, strict=True):
-            ids = tuple(map(id, of))
-            number = hash(ids)
-            if self._once[number % ONCE] != number:
-                self._once[number % ONCE] = number
-            elif ids not in self._answers:
-                self._answers[ids] = answer
+        if len(self._once) > MOST_ONCE:
+            self._once.clear()
+        for where, of, answer in zip(ids, rows, answers, strict=True):
+            if (number := hash(where)) not in self._once:
+                self._once.add(number)
+            elif where not in self._answers:
+                self._answers[where] = answer
                 self._rows += of
                 self._held += KNOWN_BYTES + len(answer) + sum(map(len, of))
                 timed = zip(of, self._ttls_us, strict=True)
                 ends_us = [event_time_us(row) + ttl_us for row, ttl_us in timed if ttl_us is not None]
                 if ends_us:
-                    self._ends_us[ids] = min(ends_us)
+                    self._ends_us[where] = min(ends_us)
 
 
 class Asked:
@@ -131,16 +130,15 @@ class Share:
         if known is None or keys.count != requests or known.pauses():
             matrix = fill(plan, found, keys.count, now_us)
             return matrix, encode_parts(matrix, [of.count for of in self.keys])
-        views = range(0, len(found), requests)
         places = list(map(id, found))
-        answers = known.get(list(zip(*[places[at : at + requests] for at in views], strict=True)), now_us)
+        ids: Sequence[Ids] = places if len(found) == requests else _each(places, requests)
+        answers = known.get(ids, now_us)
         if answers is not None:
             return None, answers
         matrix = fill(plan, found, requests, now_us)
         answers = encode_parts(matrix, [1] * requests)
         if matrix.valid is None:
-            rows: Any = list(zip(*[found[at : at + requests] for at in views], strict=True))
-            known.add(rows, answers, now_us)
+            known.add(ids, _each(found, requests), answers, now_us)
         return matrix, answers
 
 
@@ -217,6 +215,11 @@ class Sharing:
         if known == size:
             heads[data[:size]] = asked, keys.count
             self._left -= 1
+
+
+def _each(found: Sequence[Any], requests: int) -> list[tuple[Any, ...]]:
+    """Return what was found for each request: that of the first view for all of them comes first."""
+    return list(zip(*(found[at : at + requests] for at in range(0, len(found), requests)), strict=True))
 
 
 def _asks_more(request: pb.GetFeaturesRequest) -> bool:

@@ -17,7 +17,7 @@ from featserve.engine import fill
 from featserve.errors import CorruptRow, DeadlineExceeded, FeatserveError
 from featserve.server import together as together_module
 from featserve.server.service import READS, WRITES, Call, Limits, Service
-from featserve.server.together import MOST_KNOWN_BYTES, TOGETHER_BYTES, Known, Sharing
+from featserve.server.together import MOST_KNOWN_BYTES, MOST_ONCE, TOGETHER_BYTES, Known, Sharing
 from tests.server.messages import activity, now_us, numbers, packed, ranking, read_error, texts, weather, wide
 from tests.serving import DAMAGED, Project, Server
 
@@ -192,10 +192,21 @@ def test_what_is_known_is_bounded(rng: np.random.Generator) -> None:
         ids, answer = [(id(rows[-1][0]), id(rows[-1][1]))], rng.bytes(200)
         for _ in range(2):
             assert known.get(ids, i) is None
-            known.add(rows[-1:], [answer], i)
+            known.add(ids, rows[-1:], [answer], i)
         assert known.get(ids, i) == [answer]
         assert sum(map(len, known._rows)) <= MOST_KNOWN_BYTES + 100_040
         assert known._answers.keys() == known._ends_us.keys()
+
+
+def test_all_that_is_asked_for_twice_is_known(rng: np.random.Generator) -> None:
+    """However many rows come in between, each is known from its second time on: none takes the place of another."""
+    known, rows = Known([None]), [(rng.bytes(400),) for _ in range(MOST_ONCE)]
+    ids, answers = [id(row) for (row,) in rows], [rng.bytes(20) for _ in rows]
+    for _ in range(2):
+        assert known.get(ids, 0) is None
+        for at in rng.permutation(len(rows)).tolist():
+            known.add(ids[at : at + 1], rows[at : at + 1], answers[at : at + 1], 0)
+    assert known.get(ids, 0) == answers
 
 
 def test_what_is_never_known_is_seldom_looked_for(rng: np.random.Generator) -> None:
@@ -205,14 +216,14 @@ def test_what_is_never_known_is_seldom_looked_for(rng: np.random.Generator) -> N
     for i in range(3_000):
         if not known.pauses():
             looked += 1
-            assert known.get([(i,)], 0) is None
+            assert known.get([i], 0) is None
     assert looked < 600
     looked = 0
     for _ in range(3_000):
         if not known.pauses():
             looked += 1
-            if known.get([(id(row[0]),)], 0) is None:
-                known.add([row], [b"answer"], 0)
+            if known.get([id(row[0])], 0) is None:
+                known.add([id(row[0])], [row], [b"answer"], 0)
     assert looked > 2_700
 
 
