@@ -24,8 +24,8 @@ class Stages:
 
     __slots__ = ("begun", "ended_ns")
 
-    def __init__(self) -> None:
-        self.begun: list[tuple[str, int]] = []
+    def __init__(self, *begun: tuple[str, int]) -> None:
+        self.begun = list(begun)
         self.ended_ns = 0
 
     def begin(self, name: str) -> None:

@@ -36,7 +36,8 @@ from featserve.server.grpcio import QUIET_S, GrpcioServer, cannot_listen, overlo
 from featserve.server.meter import MS, SECOND
 from featserve.server.service import READS, SERVICE_NAME, WRITES, Call, Service
 from featserve.server.status import DETAILS_KEY, encode_error, failed
-from featserve.server.telemetry import Telemetry
+from featserve.server.telemetry import Asking, Telemetry
+from featserve.stages import Stages
 from featserve.store.follow import Behind
 
 if TYPE_CHECKING:
@@ -267,28 +268,29 @@ class NativeServer:
         now_ns, meter = perf_counter_ns(), self._telemetry.meter
         if meter is not None and now_ns >= meter.ages_due_ns:
             turns = turns[1:]  # the first is asked for event times, too, and so by itself
-        asking, requests = [], []
+        asked: list[Asking] = []
+        requests = []
+        traced = False
         for call_id, method, data, _, taken_ns, ends_ns, trace in turns:
-            if method == GET_FEATURES and trace is None and now_ns < ends_ns:
-                asking.append((call_id, taken_ns))
+            if method == GET_FEATURES and now_ns < ends_ns:
+                asked.append((call_id, taken_ns, trace))
                 requests.append(data)
+                if trace is not None:
+                    traced = True
         answered = 0
         for share in self._service.shares(requests):
+            stages = Stages(("decode", now_ns)) if traced else None
             try:
-                matrix, answers = self._service.get_features_together(share)
+                matrix, answers = self._service.get_features_together(share, stages)
             except Exception:  # noqa: BLE001 - the top of a request
                 continue  # alone, each says what is wrong with it
             for number, answer in zip(share.numbers, answers, strict=True):
-                call_id, _ = asking[number]
+                call_id, _, _ = asked[number]
                 self._respond(call_id, answer)
                 del self._reads[call_id]
             answered += len(answers)
-            if meter is not None:
-                ended_ns = perf_counter_ns()
-                took_ns = []
-                for number in share.numbers:
-                    took_ns.append(ended_ns - asking[number][1])
-                meter.add_together("GetFeatures", share.asked.plan, matrix, took_ns)
+            if stages is not None or meter is not None:
+                self._telemetry.answered_together("GetFeatures", share, matrix, asked, stages)
         return answered
 
     def _answer(self, turn: Turn) -> None:

@@ -102,12 +102,15 @@ class Service:
             self._sharing = Sharing(self.engine.plans, self._limits.max_rows)
         return self._sharing.shares(requests)
 
-    def get_features_together(self, share: Share) -> tuple[FeatureMatrix | None, list[bytes]]:
+    def get_features_together(
+        self, share: Share, stages: Stages | None = None
+    ) -> tuple[FeatureMatrix | None, list[bytes]]:
         """Answer requests for one service with one read; an error of it is nobody's in particular.
 
         Returns the features of all of them with the answers; None in their place where all are there and none is null.
+        ``stages``: note in them what the time is spent on.
         """
-        matrix, answers = share.answer(self.engine, self._clock_us())
+        matrix, answers = share.answer(self.engine, self._clock_us(), stages)
         self._fitting(max(answers, key=len))
         return matrix, answers
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from asyncio import CancelledError
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter_ns
 from types import TracebackType
@@ -19,11 +19,14 @@ import grpc
 
 from featserve.config import Config, TelemetryConfig
 from featserve.errors import DeadlineExceeded, FeatserveError, ServingError
+from featserve.matrix import FeatureMatrix
 from featserve.server.meter import SECOND, Load, Meter
 from featserve.server.service import SERVICE_NAME, Call, Record
 from featserve.server.status import MESSAGE_BYTES, code_of, cut
 from featserve.server.tally import Tally
+from featserve.server.together import Share
 from featserve.server.workers import Part
+from featserve.stages import Stages
 from featserve.store import OnlineStore
 from featserve.store.follow import Behind, Follower
 
@@ -44,6 +47,12 @@ FLUSH_SECONDS = 2.0
 LOOP_EVERY_SECONDS = 0.1
 
 UNWATCHED = nullcontext()
+
+Attributes = dict[str, str | int]
+
+
+Asking = tuple[int, int, "Trace | None"]
+"""A call that may be answered with others: its number, since when it has waited, by ``perf_counter_ns``, its trace."""
 
 
 class Telemetry:
@@ -105,6 +114,37 @@ class Telemetry:
         if self.meter is not None:
             watch.ages = begun_ns >= self.meter.ages_due_ns
         return watch
+
+    def answered_together(
+        self, method: str, share: Share, matrix: FeatureMatrix | None, asked: Sequence[Asking], stages: Stages | None
+    ) -> None:
+        """Count and trace the requests of a share, all of them ``asked`` of this method, that were just answered.
+
+        ``matrix``: the features of all; None where each was for one row that was there and held no null. ``stages``:
+        where the time of all went, if any of them is traced.
+        """
+        ended_ns = perf_counter_ns()
+        if self.meter is not None:
+            took_ns = []
+            for number in share.numbers:
+                took_ns.append(ended_ns - asked[number][1])
+            self.meter.add_together(method, share.asked.plan, matrix, took_ns)
+        if stages is None or self.tracing is None:
+            return
+        start = 0
+        for number, keys in zip(share.numbers, share.keys, strict=True):
+            _, taken_ns, trace = asked[number]
+            if trace is not None:
+                trace.stages.begun += [("queue", taken_ns), *stages.begun]
+                trace.stages.ended_ns = ended_ns
+                counts = Tally(share.asked.plan)
+                if matrix is None:
+                    counts.rows = keys.count
+                else:
+                    counts.add(matrix.part(start, start + keys.count))
+                attributes = _answered(counts) | {"featserve.together": len(share.numbers)}
+                _end(self.tracing, trace, method, OK, attributes)
+            start += keys.count
 
     def refuse(self, method: str, code: int) -> None:
         """Count a request that is refused and not watched."""
@@ -171,7 +211,8 @@ class _Watch(Record):
             telemetry.meter.add(self._method, CODES[code], self._begun_ns, perf_counter_ns(), self)
         if self.trace is not None and telemetry.tracing is not None:
             self.trace.stages.end()
-            _end(telemetry.tracing, self.trace, self._method, code, self)
+            failure = "" if self.error is None else str(self.error)
+            _end(telemetry.tracing, self.trace, self._method, code, _attributes(self), failure)
 
     def _failed(self, error: BaseException | None) -> int:
         """Note what a request failed with; return its status code."""
@@ -194,29 +235,40 @@ class _Watch(Record):
         return perf_counter_ns() - self._begun_ns >= OVER * given_ns
 
 
-def _end(tracing: Tracing, trace: Trace, method: str, code: int, record: Record) -> None:
-    """Export the spans of a recorded request."""
-    name = f"{SERVICE_NAME}/{method}"
-    attributes: dict[str, str | int] = {
-        "rpc.system.name": "grpc",
-        "rpc.method": name,
-        "rpc.response.status_code": CODES[code],
-    }
+def _attributes(record: Record) -> Attributes:
+    """Return what the span of a recorded request says of what it came to."""
+    attributes: Attributes = {}
     if record.error is not None:
         attributes["error.type"] = record.error.reason
     if record.plan is not None:
-        schema = record.plan.schema
-        attributes |= {"featserve.service.name": schema.name, "featserve.service.version": schema.version}
-        if record.matrix is not None:
-            tally = Tally(record.plan)
-            tally.add(record.matrix)
-            attributes["featserve.rows"] = tally.rows
-            attributes["featserve.rows.not_found"] = sum(tally.not_found)
-            attributes["featserve.rows.expired"] = sum(tally.expired)
-            attributes["featserve.values.null"] = sum(tally.nulls)
-    elif record.written is not None:
+        counts = Tally(record.plan)
+        if record.matrix is None:
+            return attributes | _service(counts)
+        counts.add(record.matrix)
+        return attributes | _answered(counts)
+    if record.written is not None:
         attributes |= {"featserve.view": record.view, "featserve.rows": record.written.rows}
     elif record.pushed is not None:
         attributes |= {"featserve.source": record.source, "featserve.events": record.pushed.events}
         attributes |= {f"featserve.events.{outcome}": count for outcome, count in record.pushed.outcomes().items()}
-    tracing.end(trace, name, attributes, cut(str(record.error), MESSAGE_BYTES) if code in SERVER_FAULTS else None)
+    return attributes
+
+
+def _service(counts: Tally) -> Attributes:
+    return {"featserve.service.name": counts.schema.name, "featserve.service.version": counts.schema.version}
+
+
+def _answered(counts: Tally) -> Attributes:
+    return _service(counts) | {
+        "featserve.rows": counts.rows,
+        "featserve.rows.not_found": sum(counts.not_found),
+        "featserve.rows.expired": sum(counts.expired),
+        "featserve.values.null": sum(counts.nulls),
+    }
+
+
+def _end(tracing: Tracing, trace: Trace, method: str, code: int, attributes: Attributes, failure: str = "") -> None:
+    """Export the spans of a recorded request. ``failure``: what went wrong."""
+    name = f"{SERVICE_NAME}/{method}"
+    told = {"rpc.system.name": "grpc", "rpc.method": name, "rpc.response.status_code": CODES[code], **attributes}
+    tracing.end(trace, name, told, cut(failure, MESSAGE_BYTES) if code in SERVER_FAULTS else None)

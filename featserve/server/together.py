@@ -17,6 +17,7 @@ from featserve.engine import Engine, fill, wanted
 from featserve.errors import FeatserveError
 from featserve.matrix import FeatureMatrix
 from featserve.plan import Plans, ReadPlan
+from featserve.stages import Stages
 from featserve.wire import decode_keys, encode_parts, integer_key, join_keys, parse, plain_integers
 
 TOGETHER_BYTES = 512
@@ -119,27 +120,44 @@ class Share:
     numbers: list[int]
     keys: list[EntityKeys | Integers]
 
-    def answer(self, engine: Engine, now_us: int) -> tuple[FeatureMatrix | None, list[bytes]]:
+    def answer(
+        self, engine: Engine, now_us: int, stages: Stages | None = None
+    ) -> tuple[FeatureMatrix | None, list[bytes]]:
         """Return the features of all of them, one after the other, and the answer of each; raises as ``read`` does.
 
-        None in the place of features that are all there and hold no null.
+        None in the place of features that are all there and hold no null. ``stages``: note in them what the time is
+        spent on.
         """
         plan, known, requests = self.asked.plan, self.asked.known, len(self.numbers)
+        if stages is not None:
+            stages.begin("keys")
         keys = join_keys(self.keys)
-        found = engine.store.read_many(wanted(plan, keys))
+        asked = wanted(plan, keys)
+        if stages is not None:
+            stages.begin("store read")
+        found = engine.store.read_many(asked)
         if known is None or keys.count != requests or known.pauses():
-            matrix = fill(plan, found, keys.count, now_us)
-            return matrix, encode_parts(matrix, [of.count for of in self.keys])
+            return self._filled(found, keys.count, now_us, stages)
+        if stages is not None:
+            stages.begin("known answers")
         places = list(map(id, found))
         ids: Sequence[Ids] = places if len(found) == requests else _each(places, requests)
         answers = known.get(ids, now_us)
         if answers is not None:
             return None, answers
-        matrix = fill(plan, found, requests, now_us)
-        answers = encode_parts(matrix, [1] * requests)
+        matrix, answers = self._filled(found, requests, now_us, stages)
         if matrix.valid is None:
             known.add(ids, _each(found, requests), answers, now_us)
         return matrix, answers
+
+    def _filled(
+        self, found: list[bytes | None], rows: int, now_us: int, stages: Stages | None
+    ) -> tuple[FeatureMatrix, list[bytes]]:
+        """Return what ``answer`` does, from what the store has."""
+        matrix = fill(self.asked.plan, found, rows, now_us, stages=stages)
+        if stages is not None:
+            stages.begin("encode")
+        return matrix, encode_parts(matrix, [of.count for of in self.keys])
 
 
 class Sharing:

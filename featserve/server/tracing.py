@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
+from operator import itemgetter
 from random import Random, randbytes
 from struct import Struct
 from threading import Thread
@@ -38,8 +39,9 @@ from opentelemetry.trace import INVALID_SPAN_CONTEXT, SpanContext, TraceFlags, T
 from featserve.config import TelemetryConfig
 from featserve.stages import Stages
 
+TRACEPARENT, NAME = "traceparent", itemgetter(0)
 # Version, trace, parent and flags; later versions may say more behind them, and ids of zeros are none.
-TRACEPARENT = re.compile(
+FORMAT = re.compile(
     r"(?:00(?=.{53}\Z)|(?!00|ff)[0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?"
 )
 SAMPLED = 1
@@ -140,11 +142,10 @@ class Tracing:
 
     def begin(self, metadata: Metadata) -> Trace | None:
         """Return a trace for a request that is to be recorded, else None."""
-        for key, value in metadata:
-            if key == "traceparent":
-                found = TRACEPARENT.fullmatch(value) if isinstance(value, str) else None
-                if found is None:
-                    break
+        if TRACEPARENT in map(NAME, metadata):
+            value = next(value for name, value in metadata if name == TRACEPARENT)
+            found = FORMAT.fullmatch(value) if isinstance(value, str) else None
+            if found is not None:
                 return _below(found, metadata) if int(found[3], 16) & SAMPLED else None
         if self._chance() < self._ratio:
             return Trace(randbytes(16), randbytes(8), b"", SAMPLED, "", Stages())
@@ -154,10 +155,10 @@ class Tracing:
     def passed_on(metadata: Metadata, trace: Trace | None) -> Metadata:
         """Return the metadata of a request for who goes on with it: as below its span, or as not recorded."""
         state = () if trace is None or not trace.parent_id else ("tracestate",)
-        rest = [(key, value) for key, value in metadata if key not in ("traceparent", "tracestate") or key in state]
+        rest = [(key, value) for key, value in metadata if key not in (TRACEPARENT, "tracestate") or key in state]
         if trace is None:
-            return [("traceparent", NOT_RECORDED), *rest]
-        return [("traceparent", f"00-{trace.trace_id.hex()}-{trace.span_id.hex()}-{trace.flags:02x}"), *rest]
+            return [(TRACEPARENT, NOT_RECORDED), *rest]
+        return [(TRACEPARENT, f"00-{trace.trace_id.hex()}-{trace.span_id.hex()}-{trace.flags:02x}"), *rest]
 
     def end(self, trace: Trace, name: str, attributes: Mapping[str, str | int], failure: str | None) -> None:
         """Export the spans of a request that has ended: the server's, called ``name``, and one below it for each stage.

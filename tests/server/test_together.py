@@ -153,9 +153,9 @@ def test_what_is_known_of_a_row_is_what_it_says_now(
     moving = Service(service.engine, Limits(10_000, 60_000_000), lambda: clock_us)
     made = list[int]()
 
-    def counted(*arguments: Any) -> Any:
+    def counted(*arguments: Any, **named: Any) -> Any:
         made.append(1)
-        return fill(*arguments)
+        return fill(*arguments, **named)
 
     monkeypatch.setattr(together_module, "fill", counted)
 

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from random import Random
 
 import grpc
+import numpy as np
 import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import ScopeSpans, Span
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+import featserve
 from featserve._proto import serving_pb2 as pb
 from featserve.config import TelemetryConfig
 from featserve.errors import ServingError
-from featserve.server.service import Call
+from featserve.server.service import Call, Limits, Service
 from featserve.server.telemetry import UNWATCHED, Telemetry
-from featserve.server.tracing import LOCAL, REMOTE, Ended, Tracing
+from featserve.server.tracing import LOCAL, REMOTE, Ended, Trace, Tracing
+from featserve.stages import Stages
 from tests.server.collector import Collector
-from tests.server.messages import HOUR_US, activity, now_us, nulls, numbers, packed, weather, wide
+from tests.server.messages import HOUR_US, activity, now_us, nulls, numbers, packed, ranking, weather, wide
 from tests.server.test_forward import VISITS
 from tests.server.watched import scored, watched
-from tests.serving import PATIENCE_S, Server, until
+from tests.serving import PATIENCE_S, Project, Server, until
 
 pytest_plugins = ["tests.served"]
 
@@ -320,6 +324,48 @@ def test_a_request_that_is_not_recorded_makes_nothing() -> None:
     assert exporter.get_finished_spans() == ()
 
 
+def test_who_is_answered_with_others_is_traced_as_if_alone(tmp_path: Path, rng: np.random.Generator) -> None:
+    """The span of each says the same of its own rows, and how many were answered; its stages are those of all."""
+    exporter = InMemorySpanExporter()
+    tracing = Tracing(TelemetryConfig(sample_ratio=1), exporter=exporter)
+    telemetry, draw = Telemetry(tracing), partial(tracing.begin, ())
+    pairs: list[tuple[Trace, Trace, int]] = []
+    known = 0
+    with featserve.open(Project.make(tmp_path / "p").folder, write=True) as opened:
+        service = Service(opened.engine, Limits(10_000, 60_000_000), now_us)
+        for write in (numbers(range(4), 1.0), activity(1, now_us()), activity(2, now_us() - 2 * HOUR_US)):
+            service.write_rows(write.SerializeToString(), Call())
+        for _ in range(100):
+            make, users = (wide, ranking)[rng.integers(2)], rng.integers(0, rng.integers(4, 6), (rng.integers(1, 8), 1))
+            bodies = [make(*of.tolist() * int(rng.integers(1, 3))).SerializeToString() for of in users]
+            calls = [(i, 1_000 + i, draw() if rng.random() < 0.5 else None) for i in range(len(bodies))]
+            (share,) = service.shares(bodies)
+            stages = Stages(("decode", 2_000))
+            matrix, _ = service.get_features_together(share, stages)
+            telemetry.answered_together("GetFeatures", share, matrix, calls, stages)
+            known += matrix is None
+            for (_, taken_ns, trace), body in zip(calls, bodies, strict=True):
+                if trace is not None:
+                    assert trace.stages.begun[:2] == [("queue", taken_ns), ("decode", 2_000)]
+                    assert trace.stages.begun[2:] == stages.begun[1:]
+                    alone = draw()
+                    assert alone is not None
+                    pairs.append((trace, alone, len(bodies)))
+                    with telemetry.watch_traced("GetFeatures", call := Call(), alone, time.perf_counter_ns()):
+                        service.get_features(body, call)
+    tracing.close(10)
+    assert 0 < known < 100
+    ended = {each[-1].trace_id: each for each in map(spans_of, exporter.get_finished_spans())}
+    for trace, alone, count in pairs:
+        told, expected = (list(ended[each.trace_id][-1].attributes) for each in (trace, alone))
+        together = told.pop()
+        assert (together.key, together.value.int_value, told) == ("featserve.together", count, expected)
+        names = [span.name for span in ended[trace.trace_id]]
+        missing = {span.name for span in ended[alone.trace_id]} - set(names)
+        assert missing <= {"plan"} if "encode" in names else names[-2] == "known answers"
+    assert len(pairs) > 50
+
+
 def test_times_are_those_of_the_stopwatch() -> None:
     """A stage that took 20 ms is a span of 20 ms or a little more, at the time of day that it ran."""
     exporter = InMemorySpanExporter()
@@ -400,5 +446,9 @@ def test_an_error_that_is_no_text_is_told() -> None:
 def spans(exporter: InMemorySpanExporter) -> list[Span]:
     """Return the spans of the one request that has ended."""
     (ended,) = exporter.get_finished_spans()
+    return spans_of(ended)
+
+
+def spans_of(ended: ReadableSpan) -> list[Span]:
     assert isinstance(ended, Ended)
     return list(ScopeSpans.FromString(ended.spans).spans)
