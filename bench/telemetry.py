@@ -23,6 +23,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import math
+import random
 import statistics
 import threading
 import time
@@ -144,16 +145,14 @@ def listening(opened: Embedded, name: str, endpoint: str) -> Iterator[dict[str, 
 
 
 def in_turns(running: dict[str, Listening], body: bytes) -> tuple[Found, Found]:
-    """Load all in turns, each round beginning with another; return processor time and requests/s of each, by round."""
+    """Load all in turns, in each round in another order; return processor time and requests/s of each, by round."""
     cpu_us: Found = {name: [] for name in running}
     rates: Found = {name: [] for name in running}
     loaded_s, requests = dict.fromkeys(running, 0.0), dict.fromkeys(running, 0)
     sent_s = {name: server.sending_s() for name, server in running.items()}
     _, loading = servers.shared_out()
     for turn in range(-1, ROUNDS):
-        named = list(running.items())
-        first = turn % len(named)
-        for name, server in named[first:] + named[:first]:
+        for name, server in random.sample(list(running.items()), len(running)):
             before_s = answering_s()
             with servers.on(loading):
                 loaded = h2load.run(server.address, body, seconds=SECONDS)

@@ -155,8 +155,10 @@ class Meter:
             if not self._of_workers:
                 self._counters(method, code, None)[0].add(0)
 
-    def add_together(self, method: str, plan: ReadPlan, matrix: FeatureMatrix | None, took_ns: Sequence[int]) -> None:
-        """Count requests that took so long, each of which was answered with some rows of ``matrix``.
+    def add_together(
+        self, method: str, plan: ReadPlan, matrix: FeatureMatrix | None, now_us: int, ended_ns: int, took_ns: list[int]
+    ) -> None:
+        """Count requests that took so long, each of which was answered with some rows of ``matrix``, as of ``now_us``.
 
         None where each was for one row that was there and held no null. Of these the times alone are noted, and counted
         when they are many.
@@ -167,6 +169,9 @@ class Meter:
                 durations.add_all(np.array(took_ns))
                 assert tally is not None
                 tally.add(matrix)
+                if matrix.event_times is not None:
+                    self.ages_due_ns = ended_ns + self._ages_every_ns
+                    self._add_ages(matrix, now_us)
             return
         # Without the lock: another thread sees all that a list is extended by, or nothing.
         key = method, plan.schema.hash

@@ -266,8 +266,7 @@ class NativeServer:
     def _answer_together(self, turns: Sequence[Turn]) -> int:
         """Answer the calls among these that can share a read, and return how many; the others stay among the reads."""
         now_ns, meter = perf_counter_ns(), self._telemetry.meter
-        if meter is not None and now_ns >= meter.ages_due_ns:
-            turns = turns[1:]  # the first is asked for event times, too, and so by itself
+        ages = meter is not None and now_ns >= meter.ages_due_ns
         asked: list[Asking] = []
         requests = []
         traced = False
@@ -281,7 +280,7 @@ class NativeServer:
         for share in self._service.shares(requests):
             stages = Stages(("decode", now_ns)) if traced else None
             try:
-                matrix, answers = self._service.get_features_together(share, stages)
+                matrix, answers = self._service.get_features_together(share, stages, ages)
             except Exception:  # noqa: BLE001 - the top of a request
                 continue  # alone, each says what is wrong with it
             for number, answer in zip(share.numbers, answers, strict=True):
@@ -289,8 +288,14 @@ class NativeServer:
                 self._respond(call_id, answer)
                 del self._reads[call_id]
             answered += len(answers)
-            if stages is not None or meter is not None:
-                self._telemetry.answered_together("GetFeatures", share, matrix, asked, stages)
+            if meter is not None:
+                ended_ns = perf_counter_ns()
+                took_ns = []
+                for number in share.numbers:
+                    took_ns.append(ended_ns - asked[number][1])
+                meter.add_together("GetFeatures", share.asked.plan, matrix, share.now_us, ended_ns, took_ns)
+            if stages is not None:
+                self._telemetry.trace_together("GetFeatures", share, matrix, asked, stages)
         return answered
 
     def _answer(self, turn: Turn) -> None:

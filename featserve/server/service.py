@@ -103,14 +103,14 @@ class Service:
         return self._sharing.shares(requests)
 
     def get_features_together(
-        self, share: Share, stages: Stages | None = None
+        self, share: Share, stages: Stages | None = None, event_times: bool = False
     ) -> tuple[FeatureMatrix | None, list[bytes]]:
         """Answer requests for one service with one read; an error of it is nobody's in particular.
 
-        Returns the features of all of them with the answers; None in their place where all are there and none is null.
-        ``stages``: note in them what the time is spent on.
+        Returns the features of all of them with the answers; None in their place where all are there and none is null,
+        unless ``event_times`` are wanted, too. ``stages``: note in them what the time is spent on.
         """
-        matrix, answers = share.answer(self.engine, self._clock_us(), stages)
+        matrix, answers = share.answer(self.engine, self._clock_us(), stages, event_times)
         self._fitting(max(answers, key=len))
         return matrix, answers
 

@@ -115,28 +115,22 @@ class Telemetry:
             watch.ages = begun_ns >= self.meter.ages_due_ns
         return watch
 
-    def answered_together(
-        self, method: str, share: Share, matrix: FeatureMatrix | None, asked: Sequence[Asking], stages: Stages | None
+    def trace_together(
+        self, method: str, share: Share, matrix: FeatureMatrix | None, asked: Sequence[Asking], stages: Stages
     ) -> None:
-        """Count and trace the requests of a share, all of them ``asked`` of this method, that were just answered.
+        """Trace those of a share, all of them ``asked`` of this method, that are to be, as they have been answered.
 
         ``matrix``: the features of all; None where each was for one row that was there and held no null. ``stages``:
-        where the time of all went, if any of them is traced.
+        where the time of all went.
         """
-        ended_ns = perf_counter_ns()
-        if self.meter is not None:
-            took_ns = []
-            for number in share.numbers:
-                took_ns.append(ended_ns - asked[number][1])
-            self.meter.add_together(method, share.asked.plan, matrix, took_ns)
-        if stages is None or self.tracing is None:
-            return
+        assert self.tracing is not None
+        stages.end()
         start = 0
         for number, keys in zip(share.numbers, share.keys, strict=True):
             _, taken_ns, trace = asked[number]
             if trace is not None:
                 trace.stages.begun += [("queue", taken_ns), *stages.begun]
-                trace.stages.ended_ns = ended_ns
+                trace.stages.ended_ns = stages.ended_ns
                 counts = Tally(share.asked.plan)
                 if matrix is None:
                     counts.rows = keys.count

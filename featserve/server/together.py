@@ -114,21 +114,23 @@ class Asked:
 
 @dataclass(slots=True)
 class Share:
-    """Requests for one service: the number of each among all, and its keys."""
+    """Requests for one service: the number of each among all, its keys, and the instant that they are answered at."""
 
     asked: Asked
     numbers: list[int]
     keys: list[EntityKeys | Integers]
+    now_us: int = 0
 
     def answer(
-        self, engine: Engine, now_us: int, stages: Stages | None = None
+        self, engine: Engine, now_us: int, stages: Stages | None = None, event_times: bool = False
     ) -> tuple[FeatureMatrix | None, list[bytes]]:
         """Return the features of all of them, one after the other, and the answer of each; raises as ``read`` does.
 
-        None in the place of features that are all there and hold no null. ``stages``: note in them what the time is
-        spent on.
+        None in the place of features that are all there and hold no null, unless ``event_times`` are wanted, too.
+        ``stages``: note in them what the time is spent on.
         """
         plan, known, requests = self.asked.plan, self.asked.known, len(self.numbers)
+        self.now_us = now_us
         if stages is not None:
             stages.begin("keys")
         keys = join_keys(self.keys)
@@ -136,8 +138,8 @@ class Share:
         if stages is not None:
             stages.begin("store read")
         found = engine.store.read_many(asked)
-        if known is None or keys.count != requests or known.pauses():
-            return self._filled(found, keys.count, now_us, stages)
+        if event_times or known is None or keys.count != requests or known.pauses():
+            return self._filled(found, keys.count, now_us, stages, event_times)
         if stages is not None:
             stages.begin("known answers")
         places = list(map(id, found))
@@ -151,10 +153,10 @@ class Share:
         return matrix, answers
 
     def _filled(
-        self, found: list[bytes | None], rows: int, now_us: int, stages: Stages | None
+        self, found: list[bytes | None], rows: int, now_us: int, stages: Stages | None, event_times: bool = False
     ) -> tuple[FeatureMatrix, list[bytes]]:
         """Return what ``answer`` does, from what the store has."""
-        matrix = fill(self.asked.plan, found, rows, now_us, stages=stages)
+        matrix = fill(self.asked.plan, found, rows, now_us, event_times=event_times, stages=stages)
         if stages is not None:
             stages.begin("encode")
         return matrix, encode_parts(matrix, [of.count for of in self.keys])

@@ -2,8 +2,8 @@
 
 Comes in: a request's metadata and, when a recorded request has ended, what it came to. Goes out: OTLP over gRPC.
 Whether a request is recorded is decided once, before anything of a span exists: as the caller's trace context (W3C)
-says, else by chance. Spans are made from the request's stages after it has ended, as the messages that are sent. A
-thread of its own sends them; its queue is bounded and drops requests while the collector is slow or gone, so none ever
+says, else by chance. Spans are made from the request's stages long after it has ended, as the messages that are sent,
+by the thread that sends them. Its queue is bounded and drops requests while the collector is slow or gone, so none ever
 waits for it.
 """
 
@@ -38,6 +38,7 @@ from opentelemetry.trace import INVALID_SPAN_CONTEXT, SpanContext, TraceFlags, T
 
 from featserve.config import TelemetryConfig
 from featserve.stages import Stages
+from featserve.turns import give_way
 
 TRACEPARENT, NAME = "traceparent", itemgetter(0)
 # Version, trace, parent and flags; later versions may say more behind them, and ids of zeros are none.
@@ -84,11 +85,35 @@ class Trace(NamedTuple):
 
 
 class Ended(ReadableSpan):
-    """A request that has ended, as the SDK's queue takes it; ``spans``: it and its stages, as they are sent."""
+    """A request that has ended, as the SDK's queue takes it.
 
-    def __init__(self, resource: Resource, spans: bytes) -> None:
-        super().__init__("", RECORDED, resource=resource)
-        self.spans = spans
+    ``epoch_ns``: what makes a reading of the stopwatch a time of day. ``failure``: as in ``Tracing.end``.
+    """
+
+    def __init__(
+        self, resource: Resource, trace: Trace, name: str, attributes: Mapping[str, str | int], failure: str | None
+    ) -> None:
+        super().__init__(name, RECORDED, resource=resource)
+        self._trace, self._said, self._failure = trace, tuple(attributes.items()), failure
+        self._begun = [*trace.stages.begun, ("", trace.stages.ended_ns)]  # a write whose caller is gone may still go on
+        self._epoch_ns = time.time_ns() - time.perf_counter_ns()
+
+    def spans(self) -> bytes:
+        """Return its spans as they are sent: the server's, and one below it for each stage."""
+        trace_id, span_id, parent_id, _, state, _ = self._trace
+        begun, epoch_ns = self._begun, self._epoch_ns
+        ids = randbytes(8 * len(begun))
+        within, kind = TRACE_ID + trace_id + PARENT_ID + span_id, Span.SPAN_KIND_INTERNAL
+        size = len(within) + OWN.size
+        spans: list[bytes] = []
+        for i, ((stage, start_ns), (_, end_ns)) in enumerate(pairwise(begun)):
+            own = OWN.pack(SPAN_ID, ids[8 * i : 8 * i + 8], START, start_ns + epoch_ns, END, end_ns + epoch_ns)
+            spans += (_head(size, stage, kind, LOCAL, state), within, own)
+        within = TRACE_ID + trace_id + (PARENT_ID + parent_id if parent_id else b"")
+        size, kind, flags = len(within) + OWN.size, Span.SPAN_KIND_SERVER, REMOTE if parent_id else LOCAL
+        own = OWN.pack(SPAN_ID, span_id, START, begun[0][1] + epoch_ns, END, begun[-1][1] + epoch_ns)
+        spans += (_head(size, self.name, kind, flags, state, self._said, self._failure), within, own)
+        return b"".join(spans)
 
 
 class Exporter(OTLPSpanExporter):
@@ -114,8 +139,12 @@ class Exporter(OTLPSpanExporter):
 
     def _translate_data(self, data: Sequence[ReadableSpan]) -> Any:
         # Encoded messages, one after the other, are one message with the fields of all.
-        spans = b"".join([self._scope, *(ended.spans for ended in data if isinstance(ended, Ended))])
-        of_resource = self._of_resource + _field(ResourceSpans.SCOPE_SPANS_FIELD_NUMBER, spans)
+        spans = [self._scope]
+        for ended in data:
+            assert isinstance(ended, Ended)
+            spans.append(ended.spans())
+            give_way()  # to who answers, under the same lock
+        of_resource = self._of_resource + _field(ResourceSpans.SCOPE_SPANS_FIELD_NUMBER, b"".join(spans))
         return _field(ExportTraceServiceRequest.RESOURCE_SPANS_FIELD_NUMBER, of_resource)
 
 
@@ -165,21 +194,7 @@ class Tracing:
 
         ``failure``: what went wrong, where that is the server's fault.
         """
-        trace_id, span_id, parent_id, _, state, stages = trace
-        epoch_ns = time.time_ns() - time.perf_counter_ns()
-        begun = [*stages.begun, ("", stages.ended_ns)]  # a copy: a write whose caller is gone may still go on
-        ids = randbytes(8 * len(begun))
-        within, kind = TRACE_ID + trace_id + PARENT_ID + span_id, Span.SPAN_KIND_INTERNAL
-        size = len(within) + OWN.size
-        spans: list[bytes] = []
-        for i, ((stage, start_ns), (_, end_ns)) in enumerate(pairwise(begun)):
-            own = OWN.pack(SPAN_ID, ids[8 * i : 8 * i + 8], START, start_ns + epoch_ns, END, end_ns + epoch_ns)
-            spans += (_head(size, stage, kind, LOCAL, state), within, own)
-        within = TRACE_ID + trace_id + (PARENT_ID + parent_id if parent_id else b"")
-        size, kind, flags = len(within) + OWN.size, Span.SPAN_KIND_SERVER, REMOTE if parent_id else LOCAL
-        own = OWN.pack(SPAN_ID, span_id, START, begun[0][1] + epoch_ns, END, stages.ended_ns + epoch_ns)
-        spans += (_head(size, name, kind, flags, state, tuple(attributes.items()), failure), within, own)
-        self._processor.on_end(Ended(self._resource, b"".join(spans)))
+        self._processor.on_end(Ended(self._resource, trace, name, attributes, failure))
 
     def close(self, seconds: float) -> None:
         """Send what is left, and give up after ``seconds``."""

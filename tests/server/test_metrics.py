@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -383,15 +384,22 @@ def test_requests_that_share_a_read_are_counted_as_if_alone(
     plan, shared, alone = plans["ranking"], Meter(), Meter()
     for _ in range(20):
         matrix = random_matrix(plan, rng, plain=False)
+        if rng.random() < 0.5:
+            matrix = replace(matrix, event_times=None)
         times_ns = rng.integers(1, 10**9, len(matrix)).tolist()
-        shared.add_together("GetFeatures", plan, matrix, times_ns)
+        shared.add_together("GetFeatures", plan, matrix, 10**12, 5, times_ns)
         for row, time_ns in enumerate(times_ns):
             record = Record()
-            record.plan, record.matrix = plan, matrix.part(row, row + 1)
+            record.plan, record.matrix, record.now_us = plan, matrix.part(row, row + 1), 10**12
+            record.ages = matrix.event_times is not None
             alone.add("GetFeatures", "OK", 5, 5 + time_ns, record)
     key = ("GetFeatures", plan.schema.hash, "OK")
     assert shared.durations.keys() == alone.durations.keys() == {key}
     assert shared.durations[key].counts == alone.durations[key].counts
+    ages, expected = ({view: (b.counts, b.sum) for view, b in meter.ages.items()} for meter in (shared, alone))
+    assert ages == expected
+    assert len(ages) == len(plan.views)
+    assert shared.ages_due_ns == alone.ages_due_ns > 5
     one, many = (meter.tallies[plan.schema.hash] for meter in (alone, shared))
     assert (one.rows, one.not_found, one.expired, one.nulls) == (many.rows, many.not_found, many.expired, many.nulls)
 
@@ -405,7 +413,7 @@ def test_what_is_noted_is_counted_when_it_is_looked_at(
     for _ in range(200):
         plan = plans[("wide", "compact")[rng.integers(2)]]
         times_ns = rng.integers(1, 10**9, rng.integers(1, 17)).tolist()
-        shared.add_together("GetFeatures", plan, None, times_ns)
+        shared.add_together("GetFeatures", plan, None, 10**12, 5, times_ns)
         status = np.full((1, len(plan.views)), Status.PRESENT, np.uint8)
         for time_ns in times_ns:
             record = Record()

@@ -336,13 +336,14 @@ def test_who_is_answered_with_others_is_traced_as_if_alone(tmp_path: Path, rng: 
         for write in (numbers(range(4), 1.0), activity(1, now_us()), activity(2, now_us() - 2 * HOUR_US)):
             service.write_rows(write.SerializeToString(), Call())
         for _ in range(100):
-            make, users = (wide, ranking)[rng.integers(2)], rng.integers(0, rng.integers(4, 6), (rng.integers(1, 8), 1))
-            bodies = [make(*of.tolist() * int(rng.integers(1, 3))).SerializeToString() for of in users]
+            make, there = (wide, ranking)[rng.integers(2)], rng.random() < 0.8
+            users, rows = rng.integers(0, 3 if there else 6, rng.integers(1, 8)).tolist(), 1 if there else 2
+            bodies = [make(*[user] * rows).SerializeToString() for user in users]
             calls = [(i, 1_000 + i, draw() if rng.random() < 0.5 else None) for i in range(len(bodies))]
             (share,) = service.shares(bodies)
             stages = Stages(("decode", 2_000))
             matrix, _ = service.get_features_together(share, stages)
-            telemetry.answered_together("GetFeatures", share, matrix, calls, stages)
+            telemetry.trace_together("GetFeatures", share, matrix, calls, stages)
             known += matrix is None
             for (_, taken_ns, trace), body in zip(calls, bodies, strict=True):
                 if trace is not None:
@@ -451,4 +452,4 @@ def spans(exporter: InMemorySpanExporter) -> list[Span]:
 
 def spans_of(ended: ReadableSpan) -> list[Span]:
     assert isinstance(ended, Ended)
-    return list(ScopeSpans.FromString(ended.spans).spans)
+    return list(ScopeSpans.FromString(ended.spans()).spans)
