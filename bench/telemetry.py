@@ -182,17 +182,19 @@ def cpu_s(thread: Thread) -> float:
 
 
 def compare(told: str, cpu_us: Found, rates: Found) -> list[Figure]:
-    """Return what the processor time of each server allows beside that of the first, and what it did."""
-    off_us = statistics.median(cpu_us[OFF])
-    figures = [
-        Figure(f"{told}: {OFF}", statistics.median(rates[OFF]), "req/s", note=f"{number(off_us)} us of processor each")
-    ]
-    for name in (name for name in cpu_us if name != OFF):
-        ratios = [off / us for off, us in zip(cpu_us[OFF], cpu_us[name], strict=True)]
-        allows, error = median_of(ratios)
-        rate, rate_error = median_of([a / b for a, b in zip(rates[name], rates[OFF], strict=True)])
+    """Return what the processor time of each allows beside the mean of those that tell nothing, and what it did."""
+    off_us, off_rates = (
+        [statistics.mean(pair) for pair in zip(found[OFF], found[AGAIN], strict=True)] for found in (cpu_us, rates)
+    )
+    note = f"{number(statistics.median(off_us))} us of processor each"
+    figures = [Figure(f"{told}: {OFF}", statistics.median(off_rates), "req/s", note=note)]
+    apart, error = median_of([a / b for a, b in zip(cpu_us[OFF], cpu_us[AGAIN], strict=True)])
+    figures.append(Figure("  one of two to the other", apart, "", note=f"standard error {error:.3f}"))
+    for name in (name for name in cpu_us if name not in (OFF, AGAIN)):
+        allows, error = median_of([off / us for off, us in zip(off_us, cpu_us[name], strict=True)])
+        rate, rate_error = median_of([a / b for a, b in zip(rates[name], off_rates, strict=True)])
         note = f"standard error {error:.3f}; {rate:.3f} of its req/s, {rate_error:.3f}"
-        figures.append(Figure(f"  {name}", allows, "of off", None if name == AGAIN else TARGET, note=note))
+        figures.append(Figure(f"  {name}", allows, "of off", TARGET, note=note))
     return figures
 
 
