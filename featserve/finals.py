@@ -13,15 +13,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from featserve.aggregates import Aggregator, DType, Partials
+from featserve.aggregates import FLOAT64, INT64, Aggregator, DType, Partials
 from featserve.batch import Int64s
 from featserve.codec import RowCodec, Rows
 from featserve.folding import joined
-from featserve.series import Layout
+from featserve.series import Layout, Measure
 from featserve.types import NEVER_US, Array, Column, Mask, gather
 
 ROW_BYTES = 300
 """What a row that is kept takes beside its record: its bytes, two ids and its part of the dictionary."""
+
+MOST_ASKED = 1 << 15
+"""Records of which it is remembered how they were asked for: some hundred bytes each."""
 
 
 class Strings(NamedTuple):
@@ -65,6 +68,18 @@ class _Final:
     finalize: Callable[[Partials], tuple[Array, Mask | None]] | None
 
 
+class _Alike(NamedTuple):
+    """Words that one function merges, all as float64 or all as int64: ``at``, and the numbers of those that count them.
+
+    What is narrower loses nothing by that: a sum is that wide, and the least or the greatest of two is one of them.
+    """
+
+    ufunc: np.ufunc
+    dtype: DType
+    at: slice
+    counts: Int64s
+
+
 class _Merge(NamedTuple):
     """Words that are merged together: the partials of an aggregate, and the number of the word that counts them."""
 
@@ -78,49 +93,75 @@ class Finals:
 
     def __init__(self, layout: Layout, rows: RowCodec) -> None:
         self._rows = rows
-        numbers: dict[tuple[int, int], int] = {}
-        self._finals: list[_Final] = []
-        for place in layout.places:
-            measure = place.measure
-            columns = [] if place.count is None else [place.count, *(measure.parts if measure else ())]
-            at = [numbers.setdefault((place.cut, column), len(numbers)) for column in columns]
-            parts = tuple(zip(at[1:], measure.aggregator.dtypes, strict=True)) if measure else ()
-            finalize = measure.aggregator.finalize if measure else None
-            self._finals.append(_Final(place.cut, at[0] if at else None, parts, finalize))
-        self.cuts = np.array([cut for cut, _ in numbers], np.int64)
-        """The words that rows are made of: the cut of each, int64 of shape (words,)."""
-        self.offsets = np.array([[1 + column] for _, column in numbers], np.int64).reshape(-1, 1)
-        """Where in its struct each is: int64 of shape (words, 1)."""
-        self._counts: list[int] = []
-        self._merges: list[_Merge] = []
+        columns = [() if p.count is None else (p.count, *(p.measure.parts if p.measure else ())) for p in layout.places]
+        wanted = {(place.cut, column) for place, some in zip(layout.places, columns, strict=True) for column in some}
+        counts: list[tuple[int, int]] = []
+        alike: dict[tuple[np.ufunc, DType], list[tuple[tuple[int, int], tuple[int, int]]]] = {}
+        apart: list[tuple[int, Measure]] = []
         for cut, (series_number, _) in enumerate(layout.cuts):
             series = layout.series[series_number]
-            self._counts += [numbers[cut, i] for i in range(len(series.operands)) if (cut, i) in numbers]
+            counts += [(cut, i) for i in range(len(series.operands)) if (cut, i) in wanted]
             for measure in series.measures:
-                if (cut, measure.parts[0]) in numbers:
-                    parts_at = [numbers[cut, part] for part in measure.parts]
-                    typed = list(zip(parts_at, measure.aggregator.dtypes, strict=True))
-                    self._merges.append(_Merge(measure.aggregator, numbers[cut, measure.count], typed))
+                if (cut, measure.parts[0]) not in wanted:
+                    continue
+                if measure.aggregator.ufunc is None:
+                    apart.append((cut, measure))
+                    continue
+                for part, dtype in zip(measure.parts, measure.aggregator.dtypes, strict=True):
+                    key = measure.aggregator.ufunc, FLOAT64 if dtype.kind == "f" else INT64
+                    alike.setdefault(key, []).append(((cut, part), (cut, measure.count)))
+        order = [*counts, *(word for words in alike.values() for word, _ in words)]
+        order += [(cut, part) for cut, measure in apart for part in measure.parts]
+        numbers = {word: number for number, word in enumerate(order)}
+        self.cuts = np.array([cut for cut, _ in numbers], np.int64)
+        """The words that rows are made of, those that are merged alike in a row: the cut of each, shape (words,)."""
+        self.offsets = np.array([[1 + column] for _, column in numbers], np.int64).reshape(-1, 1)
+        """Where in its struct each is: int64 of shape (words, 1)."""
+        self._counts = len(counts)
+        self._alike: list[_Alike] = []
+        start = len(counts)
+        for (ufunc, dtype), words in alike.items():
+            counted = np.array([numbers[count] for _, count in words], np.int64)
+            self._alike.append(_Alike(ufunc, dtype, slice(start, start + len(words)), counted))
+            start += len(words)
+        self._apart: list[_Merge] = []
+        for cut, measure in apart:
+            typed = [(numbers[cut, part], d) for part, d in zip(measure.parts, measure.aggregator.dtypes, strict=True)]
+            self._apart.append(_Merge(measure.aggregator, numbers[cut, measure.count], typed))
+        self._finals: list[_Final] = []
+        for place, some in zip(layout.places, columns, strict=True):
+            at, of = [numbers[place.cut, column] for column in some], place.measure
+            parts = tuple(zip(at[1:], of.aggregator.dtypes, strict=True)) if of else ()
+            self._finals.append(_Final(place.cut, at[0] if at else None, parts, of.aggregator.finalize if of else None))
 
     def merged(self, one: Int64s, other: Int64s) -> Int64s:
         """Return the words of n structs that stand for the events of two each, all of shape (words, n)."""
-        words = np.empty_like(one)
-        words[self._counts] = one[self._counts] + other[self._counts]
-        for aggregator, counted, parts in self._merges:
+        words = other.copy()
+        words[: self._counts] += one[: self._counts]
+        here, there = one[: self._counts] > 0, other[: self._counts] > 0
+        for ufunc, dtype, at, counts in self._alike:
+            mine, (x, y, out) = here[counts], (side[at].view(dtype) for side in (one, other, words))
+            np.copyto(out, x, where=mine)
+            ufunc(x, y, out=out, where=mine & there[counts])
+        for aggregator, counted, parts in self._apart:
             sides = ([from_words(side[i], dtype) for i, dtype in parts] for side in (one, other))
-            both = joined(aggregator, one[counted] > 0, other[counted] > 0, *sides)
+            both = joined(aggregator, here[counted], there[counted], *sides)
             for (i, _), part in zip(parts, both, strict=True):
                 words[i] = to_words(part)
         return words
 
-    def both(self, whole: Cut, late: Cut | None, split: Int64s) -> Cut:
-        """Return what windows need of entities of which some, at ``split``, have a recent part, too: ``late``."""
-        if late is None or not len(split):
-            return whole
+    def both(self, whole: Cut, late: Cut, split: Int64s | slice) -> Cut:
+        """Return what windows need of entities of which some, at ``split``, have a recent part, too: ``late``.
+
+        ``split``: a slice where that is all of them.
+        """
+        if isinstance(split, slice):
+            exact, newest = np.maximum(whole.exact, late.exact), np.maximum(whole.newest, late.newest)
+            return Cut(exact, newest, whole.held, self.merged(whole.words, late.words))
         exact, newest, words = whole.exact.copy(), whole.newest.copy(), whole.words.copy()
         exact[split] = np.maximum(exact[split], late.exact)
         newest[split] = np.maximum(newest[split], late.newest)
-        words[:, split] = self.merged(words[:, split], late.words)
+        words[:, split] = self.merged(words.take(split, axis=1), late.words)
         return Cut(exact, newest, whole.held, words)
 
     def rows(self, cut: Cut, earliest_us: Int64s, strings: Strings) -> Rows:
@@ -151,18 +192,32 @@ class Made:
     """Rows that were made of records, each with its recent part, by the ids of both, and what was cut out of records.
 
     The records are not let go of before that. So what is where a record was in memory is that record, and no read has
-    to look at what is in it. ``held``: what all of it takes, in bytes.
+    to look at what is in it. A row is kept only from the second time on that it is asked for: the next push makes it
+    another one. ``held``: what all of it takes, in bytes.
     """
 
     def __init__(self) -> None:
         self._rows: dict[tuple[int, int], bytes] = {}
         self._cuts: dict[int, bytes] = {}
         self._records: list[bytes | None] = []
+        self._asked: dict[int, int] = {}
+        """With which recent part each record was asked for last, by the ids of both."""
         self.held = 0
 
     def get(self, pairs: Sequence[tuple[int, int]]) -> list[bytes | None]:
         """Return the row of each pair, None where it is not here."""
         return list(map(self._rows.get, pairs))
+
+    def again(self, pairs: Sequence[tuple[int, int]]) -> list[int]:
+        """Return which of the pairs were asked for before, as far as is remembered; all of them are from now on."""
+        asked = self._asked
+        again = []
+        if not asked.items().isdisjoint(pairs):
+            again = [i for i, (record, recent) in enumerate(pairs) if asked.get(record) == recent]
+        if len(asked) > MOST_ASKED:
+            asked.clear()
+        asked.update(pairs)
+        return again
 
     def add(
         self,

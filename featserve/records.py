@@ -127,9 +127,9 @@ class RecordCodec:
         pairs = list(zip(map(id, records), map(id, recent), strict=True))
         rows: Any = made.get(pairs)
         if None in rows:
-            missing = [i for i, row in enumerate(rows) if row is None]
-            if len(missing) == len(rows):
+            if not any(rows):
                 return self._make(made, pairs, records, recent, now_us, as_of)
+            missing = [i for i, row in enumerate(rows) if row is None]
             try:
                 new: Any = [[column[i] for i in missing] for column in (pairs, records, recent)]
                 fresh = self._make(made, new[0], new[1], new[2], now_us, as_of)
@@ -152,10 +152,11 @@ class RecordCodec:
         now_us: int,
         as_of: bool,
     ) -> Rows:
-        """Return what ``_read`` does, and keep it if it lasts."""
+        """Return what ``_read`` does, and keep what lasts and was asked for before."""
         fresh, lasts = self._read(records, recent, now_us, as_of)
-        if lasts:
-            made.add(pairs, records, recent, self.rows.join(fresh.fixed, None))
+        if lasts and (again := made.again(pairs)):
+            old: Any = [[column[i] for i in again] for column in (pairs, records, recent)]
+            made.add(old[0], old[1], old[2], self.rows.join(fresh.fixed[again], None))
         return fresh
 
     @np.errstate(all="ignore")  # where nothing is counted, partials are anything
@@ -163,26 +164,31 @@ class RecordCodec:
         self, records: Sequence[bytes | None], recent: Sequence[bytes | None], now_us: int, as_of: bool = False
     ) -> tuple[Rows, bool]:
         """Return what ``read`` does, and whether the rows stay the same until a first bucket moves on."""
-        found = [self.empty if record is None else record for record in records]
-        parts = [(i, part) for i, part in enumerate(recent) if part is not None and part != self.empty]
-        split, lately = np.fromiter((i for i, _ in parts), np.int64, len(parts)), [part for _, part in parts]
+        found: Any = records if all(records) else [self.empty if record is None else record for record in records]
+        split: Int64s | slice = slice(None)
+        lately: Any = recent
+        if not all(recent) or self.empty in recent:
+            parted = [i for i, part in enumerate(recent) if part is not None and part != self.empty]
+            split, lately = np.array(parted, np.int64), [recent[i] for i in parted]
         kept = self._at(now_us)
         with suppress(CorruptRow):  # which one of all it is, is said of all
             if self._cuts and (whole := self._whole(found, kept)) is not None:
-                late = self._cut(self._parse(lately), kept.firsts) if lately else None
-                cut = self._finals.both(whole, late, split)
+                cut = whole
+                if lately:
+                    cut = self._finals.both(whole, self._cut(self._parse(lately), kept.firsts), split)
                 if np.maximum.reduce(cut.exact) <= now_us:
                     return self._finals.rows(cut, kept.earliest, NO_STRINGS), True
         return self._read_again(found, split, lately, now_us, as_of)
 
     def _read_again(
-        self, found: list[bytes], split: Int64s, lately: list[bytes], now_us: int, as_of: bool
+        self, found: Sequence[bytes], split: Int64s | slice, lately: Sequence[bytes], now_us: int, as_of: bool
     ) -> tuple[Rows, bool]:
         """Return what ``_read`` does, of whole records. ``lately``: the recent parts of the entities ``split``."""
         rows = len(found)
         parsed = self._parse([*found, *lately])
         exact = parsed.header[EXACT, :rows].copy()
-        exact[split] = np.maximum(exact[split], parsed.header[EXACT, rows:])
+        if lately:
+            exact[split] = np.maximum(exact[split], parsed.header[EXACT, rows:])
         instants = None
         if np.maximum.reduce(exact) > now_us:
             if as_of:
@@ -201,11 +207,13 @@ class RecordCodec:
         firsts, earliest = kept.firsts, kept.earliest
         if instants is not None:
             firsts, earliest = self._each_at(instants)
-            firsts = np.append(firsts, firsts[:, split], axis=1)
+            if lately:
+                firsts = np.append(firsts, firsts[:, split], axis=1)
         cut = self._cut(parsed, firsts)
-        whole, late = cut.part(slice(rows)), cut.part(slice(rows, None))
+        if lately:
+            cut = self._finals.both(cut.part(slice(rows)), cut.part(slice(rows, None)), split)
         strings = Strings(np.frombuffer(parsed.data, np.uint8), parsed.strings)
-        made = self._finals.rows(self._finals.both(whole, late, split), earliest, strings)
+        made = self._finals.rows(cut, earliest, strings)
         return made, instants is None and not waits
 
     def _whole(self, records: Sequence[bytes], kept: _Firsts) -> Cut | None:
@@ -231,7 +239,7 @@ class RecordCodec:
         words = parsed.words.take(at[self._finals.cuts] + self._finals.offsets, mode="clip")
         return Cut(parsed.header[EXACT], parsed.header[NEWEST], held, words)
 
-    def _settled(self, records: list[bytes], parsed: _Parsed, now_us: int) -> list[bytes] | None:
+    def _settled(self, records: Sequence[bytes], parsed: _Parsed, now_us: int) -> list[bytes] | None:
         """Return the records with the events folded that have become visible since they were written, if any have."""
         waiting = parsed.header[WAITING, : len(records)]  # nothing waits in what came lately
         owner = np.repeat(np.arange(len(records)), waiting)

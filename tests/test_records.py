@@ -24,11 +24,11 @@ from featserve.definitions import (
     Window,
 )
 from featserve.errors import CorruptRow, InvalidRequest
-from featserve.finals import ROW_BYTES
+from featserve.finals import ROW_BYTES, Cut, Strings
 from featserve.folding import beyond, fold, settled, unite
 from featserve.records import RecordCodec
 from featserve.series import MAX_WAITING, Events, Pool, events_of
-from featserve.types import NEVER_US, Column, Float64, Int64, String, column, to_us
+from featserve.types import NEVER_US, Array, Column, Float64, Int64, String, column, to_us
 from tests.windows_model import WEEKS_KEPT, Event, answers, distinct, every_aggregate, make_history
 
 
@@ -324,9 +324,38 @@ def test_what_is_held_for_rows_is_bounded(monkeypatch: pytest.MonkeyPatch) -> No
     codec = RecordCodec(LASTING)
     now_us = to_us(datetime(2026, 3, 1, tzinfo=UTC))
     record, _ = folded(codec, codec.empty, clicks([now_us]), now_us)
+    most = 0
     for _ in range(1_000):
-        codec.read([bytes(bytearray(record))], now_us)
-        assert codec._kept.made.held <= 10_000 + len(record) + 2 * ROW_BYTES
+        new = bytes(bytearray(record))
+        for _ in range(3):
+            codec.read([new], now_us)
+            most = max(most, codec._kept.made.held)
+    assert 10_000 < most <= 10_000 + len(record) + 2 * ROW_BYTES
+
+
+def test_a_row_is_kept_from_the_second_time_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked for once between two pushes is not kept; of what is asked for again no third row is made."""
+    codec = RecordCodec(LASTING)
+    now_us = to_us(datetime(2026, 3, 1, tzinfo=UTC))
+    one, two, three = (folded(codec, codec.empty, clicks([now_us - i]), now_us)[0] for i in range(3))
+    made: list[int] = []
+    rows = codec._finals.rows
+
+    def counted(cut: Cut, earliest_us: Array, strings: Strings) -> Any:
+        made.append(len(cut.exact))
+        return rows(cut, earliest_us, strings)
+
+    monkeypatch.setattr(codec._finals, "rows", counted)
+    codec.read([one, two], now_us)
+    held = codec._kept.made.held
+    codec.read([one, two], now_us, recent=[three, three])
+    assert codec._kept.made.held == held  # each of the two pairs is new
+    codec.read([one, two], now_us, recent=[three, None])
+    assert made == [2, 2, 2]
+    codec.read([one, two], now_us, recent=[three, None])  # the first was asked for before, and is known
+    assert made == [2, 2, 2, 1]
+    codec.read([two, one, two], now_us, recent=[None, three, None])
+    assert made == [2, 2, 2, 1]
 
 
 @pytest.mark.parametrize(
