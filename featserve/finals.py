@@ -134,6 +134,11 @@ class Finals:
             parts = tuple(zip(at[1:], of.aggregator.dtypes, strict=True)) if of else ()
             self._finals.append(_Final(place.cut, at[0] if at else None, parts, of.aggregator.finalize if of else None))
 
+        made = [(i, final.count) for i, final in enumerate(self._finals) if final.finalize]
+        self._made = np.array([i for i, _ in made], np.int64)
+        """The features that have no value where nothing is counted, and in ``_counted`` the words that count it."""
+        self._counted = np.array([count for _, count in made], np.int64)
+
     def merged(self, one: Int64s, other: Int64s) -> Int64s:
         """Return the words of n structs that stand for the events of two each, all of shape (words, n)."""
         words = other.copy()
@@ -172,10 +177,12 @@ class Finals:
         fixed = np.empty(len(event_time_us), codec.dtype)
         texts: dict[str, Column] = {}
         valid = np.ones((len(self._finals), len(fixed)), np.bool_)
+        valid[self._made] = words[self._counted] > 0
+        runs = {name: fixed[name] for name in codec.dtype.names or ()}
         for f, final, there in zip(codec.features, self._finals, valid, strict=True):
-            values = held[final.cut] if final.count is None else words[final.count]
-            if final.finalize is not None:
-                np.greater(values, 0, out=there)
+            if final.finalize is None:
+                values: Array = held[final.cut] if final.count is None else words[final.count]
+            else:
                 values, known = final.finalize(tuple(from_words(words[i], dtype) for i, dtype in final.parts))
                 if known is not None:
                     there &= known
@@ -184,7 +191,7 @@ class Finals:
                 texts[f.name] = gather(f.type, strings.data, strings.starts + (word >> 32), word & 0xFFFFFFFF, there)
             else:
                 run, at = codec.place[f.name]
-                fixed[run][:, at] = values
+                runs[run][:, at] = values
         return codec.finish(fixed, event_time_us, known_at_us, valid, texts)
 
 

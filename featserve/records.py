@@ -277,7 +277,7 @@ class RecordCodec:
         words, width = parsed.words, self._cut_widths
         counts, begin = parsed.counts[self._cut_series], parsed.structs[self._cut_series]
         low, high = self._bracket(words, counts, begin, firsts)
-        for power in range(int((high - low).max()).bit_length() - 1, -1, -1):
+        for power in range(int(np.maximum.reduce(high - low, axis=None)).bit_length() - 1, -1, -1):
             # All structs up to the one that is this many further on, if it is there and before the first bucket.
             looked = low + ((1 << power) - 1)
             before = words.take(begin + looked * width, mode="clip") < firsts
@@ -298,8 +298,9 @@ class RecordCodec:
         # Unsigned, as two numbers may be further apart than int64 tells.
         ahead = (np.maximum(first, firsts) - first).view(np.uint64)
         behind = (np.maximum(last, firsts) - firsts).view(np.uint64)
-        high = np.minimum(ahead, counts.view(np.uint64)).view(np.int64)
-        low = np.maximum(end - np.minimum(behind, counts.view(np.uint64)).view(np.int64), 0)
+        most = counts.view(np.uint64)
+        high = np.minimum(ahead, most, out=ahead).view(np.int64)
+        low = np.maximum(end - np.minimum(behind, most, out=behind).view(np.int64), 0)
         if len(self._shared):
             low[self._shared], high[self._shared] = 0, counts[self._shared]
         return low, high
