@@ -30,9 +30,25 @@ def packed(number: int, keys: Sequence[bytes] | None) -> bytes:
     head = number.to_bytes(8, "big")
     if keys is None or len(keys) > MOST_KEYS:
         return head + EVERY
+    return head + grouped(keys)
+
+
+def grouped(keys: Sequence[bytes]) -> bytes:
+    """Return keys in groups of one length."""
     groups = ((length, list(group)) for length, group in groupby(sorted(keys, key=len), len))
-    packs = (GROUP.pack(length, len(group)) + b"".join(group) for length, group in groups)
-    return head + b"".join(packs)
+    return b"".join([GROUP.pack(length, len(group)) + b"".join(group) for length, group in groups])
+
+
+def ungrouped(data: bytes) -> list[bytes]:
+    """Return the keys that ``grouped`` made this of."""
+    keys: list[bytes] = []
+    end = 0
+    while end < len(data):
+        length, count = GROUP.unpack_from(data, end)
+        start = end + GROUP.size
+        end = start + length * count
+        keys += [data[at : at + length] for at in range(start, end, length)]
+    return keys
 
 
 def replaced(read: Callable[[list[bytes]], list[bytes | None]], first: int, last: int) -> list[bytes] | None:
@@ -47,10 +63,5 @@ def replaced(read: Callable[[list[bytes]], list[bytes | None]], first: int, last
     for number, found in zip(numbers, read([place(number) for number in numbers]), strict=True):
         if found is None or found[:8] != number.to_bytes(8, "big") or found[8:] == EVERY:
             return None  # another batch's are there by now, or too many were replaced
-        end = 8
-        while end < len(found):
-            length, count = GROUP.unpack_from(found, end)
-            start = end + GROUP.size
-            end = start + length * count
-            keys += [found[at : at + length] for at in range(start, end, length)]
+        keys += ungrouped(found[8:])
     return keys

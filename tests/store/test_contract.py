@@ -456,6 +456,18 @@ def test_keys_come_in_order(store: OnlineStore) -> None:
     assert list(store.keys(b"\x01\x03", b"\x01\x07")) == [names[1]]
 
 
+@pytest.mark.parametrize("count", [3, 2_000])
+def test_notes_that_may_be_made_ahead_are_there_once_the_update_is(store: OnlineStore, count: int) -> None:
+    """Few or many, with the others of the update, and it is one write."""
+    before, ahead = store.sequence(), [b"\x01" + n.to_bytes(2 + n % 3, "big") for n in range(count)]
+    store.update([], lambda found: Writes({b"a": b"row"}, note=[b"\x02"], ahead=ahead))
+    assert store.noted([*ahead, b"\x02"]) == [True] * (count + 1)
+    assert list(store.notes(b"", b"\xff")) == sorted([*ahead, b"\x02"])
+    assert store.sequence() == before + 1
+    store.update([], lambda found: Writes({}, forget=ahead))
+    assert list(store.notes(b"", b"\xff")) == [b"\x02"]
+
+
 def test_notes_are_made_and_removed_with_rows(store: OnlineStore) -> None:
     """Notes come and go in the update that says so, or not at all, and are no rows; a load leaves them alone."""
     before, names = store.sequence(), [bytes([1, n]) for n in (0, 3, 7, 255)]

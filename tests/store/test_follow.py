@@ -15,7 +15,7 @@ from featserve.errors import StoreError
 from featserve.store import Writes, open_store
 from featserve.store.announced import NAME
 from featserve.store.follow import Follower
-from featserve.store.rocksdb import RocksStore
+from featserve.store.rocksdb import AHEAD, RocksStore
 from tests.serving import until
 
 KEYS = [b"key %04d" % i for i in range(400)]
@@ -73,7 +73,8 @@ class History:
     def push(self) -> None:
         rows = self.rows(20)
         old, new = ([b"%d %d" % (number, i) for i in range(50)] for number in (self.number - 20, self.number))
-        self.store.update(list(rows), lambda found: Writes(rows, old, new))
+        ahead = [b"%d ahead %d" % (self.number, i) for i in range(int(self.rng.choice([10, 2 * AHEAD])))]
+        self.store.update(list(rows), lambda found: Writes(rows, old, new, ahead))
 
     def load(self) -> None:
         with self.store.load() as load:
