@@ -33,7 +33,7 @@ from featserve.definitions import FeatureView, Rolling
 from featserve.errors import CorruptRow, InvalidRequest, TooLarge, invalid
 from featserve.finals import NO_STRINGS, Cut, Finals, Made, Strings, from_words, to_words
 from featserve.folding import filled, fold
-from featserve.series import Events, Layout, Measure, Pool, Run, Series, State, value_dtype
+from featserve.series import Events, Layout, Pool, Run, State, value_dtype
 from featserve.types import Array, Mask, from_us
 from featserve.windows import first_period, first_periods, starts
 
@@ -173,9 +173,8 @@ class RecordCodec:
         kept = self._at(now_us)
         with suppress(CorruptRow):  # which one of all it is, is said of all
             if self._cuts and (whole := self._whole(found, kept)) is not None:
-                cut = whole
-                if lately:
-                    cut = self._finals.both(whole, self._cut(self._parse(lately), kept.firsts), split)
+                late = self._cut(self._parse(lately), kept.firsts) if lately else None
+                cut = whole if late is None else self._finals.both(whole, late, split)
                 if np.maximum.reduce(cut.exact) <= now_us:
                     return self._finals.rows(cut, kept.earliest, NO_STRINGS), True
         return self._read_again(found, split, lately, now_us, as_of)
@@ -298,9 +297,8 @@ class RecordCodec:
         # Unsigned, as two numbers may be further apart than int64 tells.
         ahead = (np.maximum(first, firsts) - first).view(np.uint64)
         behind = (np.maximum(last, firsts) - firsts).view(np.uint64)
-        most = counts.view(np.uint64)
-        high = np.minimum(ahead, most, out=ahead).view(np.int64)
-        low = np.maximum(end - np.minimum(behind, most, out=behind).view(np.int64), 0)
+        high = np.minimum(ahead, counts.view(np.uint64)).view(np.int64)
+        low = np.maximum(end - np.minimum(behind, counts.view(np.uint64)).view(np.int64), 0)
         if len(self._shared):
             low[self._shared], high[self._shared] = 0, counts[self._shared]
         return low, high
@@ -364,7 +362,7 @@ class RecordCodec:
             for measure in series.measures:
                 if measure.coded:
                     last = measure.parts[-1]
-                    columns[last] = strings.codes(owner, columns[last], _there(series, measure, columns))
+                    columns[last] = strings.codes(owner, columns[last], series.there(measure, columns))
             runs.append(Run(owner, words[at], tuple(columns)))
         return State(
             parsed.header[EXACT],
@@ -442,7 +440,7 @@ class RecordCodec:
         for series, run in zip(self.layout.series, state.runs, strict=True):
             for measure in series.measures:
                 if measure.coded:
-                    there = _there(series, measure, run.columns)
+                    there = series.there(measure, run.columns)
                     found.append((run.owner, run.columns[measure.parts[-1]], there))
         for i, (operand, values) in enumerate(zip(self.layout.operands, state.waiting.values, strict=True)):
             if operand.coded and values is not None:
@@ -493,13 +491,6 @@ class _Heap:
         """Write the strings of each record to ``out`` from the word ``starts`` on, shape (records,)."""
         at = _places(8 * starts, self.sizes, 1)
         out.view(np.uint8)[at] = np.frombuffer(self._bytes, np.uint8)
-
-
-def _there(series: Series, measure: Measure, columns: Sequence[Array]) -> Mask:
-    """Return which structs hold partials of a measure."""
-    if series.distinct is not None:
-        return np.ones(len(columns[0]), np.bool_)
-    return columns[measure.count] > 0
 
 
 def _places(starts: Int64s, counts: Int64s, width: int) -> Int64s:

@@ -82,6 +82,12 @@ class Series:
         """Words of a struct."""
         return 1 + len(self.dtypes)
 
+    def there(self, measure: Measure, columns: Sequence[Array]) -> Mask:
+        """Return which structs hold partials of a measure."""
+        if self.distinct is not None:
+            return np.ones(len(columns[0]), np.bool_)
+        return columns[measure.count] > 0
+
 
 @dataclass(frozen=True, slots=True)
 class Bound:

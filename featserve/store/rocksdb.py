@@ -34,20 +34,17 @@ import rocksdict
 from featserve.codec import STAMP
 from featserve.errors import StoreError
 from featserve.store import Access, Change, Writes, newest
+from featserve.store.ahead import AHEAD_KEY, Ahead
 from featserve.store.announced import Announced
 from featserve.store.cache import RowCache
 from featserve.store.database import NOTES, ingest, keys_of, open_database, options_of, translate, translated
-from featserve.store.replaced import grouped, packed, place, replaced, ungrouped
+from featserve.store.replaced import packed, place, replaced
 from featserve.turns import give_way
 
 FORMAT_KEY = b"\x00featserve"
 FORMAT = b"rows 2"
 SEQUENCE_KEY = b"\x00sequence"
 """How many batches and loads were written, as 8 bytes, big-endian: put with each, so that it is as old as they are."""
-AHEAD_KEY = b"\x00ahead"
-"""The note that names those that were made ahead of a batch, until it is written."""
-AHEAD = 512
-"""How many are made at once: who waits for the interpreter waits for as long as that takes."""
 OPENINGS = 5
 """How often a follower tries to open a store whose writer merges files away meanwhile."""
 _WRITING: set[Path] = set()
@@ -72,8 +69,7 @@ class RocksStore:
         self.path = path
         self._lock, self._updates = threading.Lock(), threading.RLock()
         self._loads: set[_Load] = set()
-        self._ahead: Sequence[bytes] = ()
-        """The notes that were made ahead of a batch that is not written yet, or could not be."""
+        self._ahead = Ahead()
         self._cache = RowCache(row_cache_mb << 20)
         blocks = rocksdict.Cache(block_cache_mb << 20)
         self._options, self._notes_options = options_of(blocks), options_of(blocks)
@@ -130,8 +126,7 @@ class RocksStore:
             if NOTES not in rocksdict.Rdict.list_cf(str(self.path), self._options):
                 db.create_column_family(NOTES, self._notes_options)
             self._notes = db.get_column_family(NOTES)
-            if (ahead := self._notes.get(AHEAD_KEY)) is not None:
-                self._take_back(ungrouped(ahead))
+            self._ahead.opened(db, self._notes)
             # Opening merged the logs. Followers let go of what they had of those when a merge is followed by a write.
             db.put(FORMAT_KEY, FORMAT)
             db.flush()
@@ -216,12 +211,8 @@ class RocksStore:
 
         ``old``: the keys that had a row; None where rows of any keys were replaced just before.
         """
-        if self._ahead:
-            self._take_back(self._ahead)
-        ahead = writes.ahead
-        if len(ahead) > AHEAD:
-            self._note_ahead(ahead)
-            ahead = ()
+        with translated(f"cannot write to the store at {self.path}"):
+            ahead = self._ahead.begin(self._opened(), writes.ahead)
         batch = rocksdict.WriteBatch(raw_mode=True)
         for key, row in writes.rows.items():
             if row is None:
@@ -233,7 +224,7 @@ class RocksStore:
             batch.delete(key, notes)
         for key in chain(writes.note, ahead):
             batch.put(key, b"", notes)
-        if self._ahead:
+        if self._ahead.keys:
             batch.delete(AHEAD_KEY, notes)
         number = self._sequence + 1
         batch.put(SEQUENCE_KEY, number.to_bytes(8, "big"))
@@ -242,37 +233,12 @@ class RocksStore:
         with translated(f"cannot write to the store at {self.path}"):
             with self._changing(writes.rows.keys()) as cached:
                 self._opened().write(batch)
-                self._ahead = ()
+                self._ahead.keys = ()
                 cached.append(writes.rows)
             self._sequence = number
             if self._fsync:  # not by the write, which keeps the interpreter's lock while the disk is waited for
                 self._opened().flush_wal(True)
         self._announce()
-
-    def _note_ahead(self, keys: Sequence[bytes]) -> None:
-        """Make notes in parts, of which who opens the store knows until the batch they belong to is written."""
-        notes = self._opened().get_column_family_handle(NOTES)
-        self._ahead = keys
-        for start in range(0, len(keys), AHEAD):
-            batch = rocksdict.WriteBatch(raw_mode=True)
-            if start == 0:
-                batch.put(AHEAD_KEY, grouped(keys), notes)
-            for key in keys[start : start + AHEAD]:
-                batch.put(key, b"", notes)
-            give_way()
-            with translated(f"cannot write to the store at {self.path}"):
-                self._opened().write(batch)
-        give_way()
-
-    def _take_back(self, keys: Sequence[bytes]) -> None:
-        """Remove notes that were made ahead of a batch that was never written."""
-        notes = self._opened().get_column_family_handle(NOTES)
-        batch = rocksdict.WriteBatch(raw_mode=True)
-        for key in (*keys, AHEAD_KEY):
-            batch.delete(key, notes)
-        with translated(f"cannot write to the store at {self.path}"):
-            self._opened().write(batch)
-        self._ahead = ()
 
     def _announce(self) -> None:
         """Let followers know that there is something new, once the writer has it."""

@@ -13,9 +13,10 @@ import pytest
 
 from featserve.errors import StoreError
 from featserve.store import Writes, open_store
+from featserve.store.ahead import AHEAD
 from featserve.store.announced import NAME
 from featserve.store.follow import Follower
-from featserve.store.rocksdb import AHEAD, RocksStore
+from featserve.store.rocksdb import RocksStore
 from tests.serving import until
 
 KEYS = [b"key %04d" % i for i in range(400)]

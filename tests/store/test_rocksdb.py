@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ import rocksdict
 
 from featserve.errors import StoreError, StoreFull, StoreLocked
 from featserve.store import Writes, open_store
-from featserve.store.rocksdb import AHEAD, RocksStore, is_locked
+from featserve.store.rocksdb import RocksStore, is_locked
 from tests.disk import SmallDisk
 
 KEYS = [b"key %06d" % i for i in range(5_000)]
@@ -138,45 +137,6 @@ def test_a_write_waits_for_the_disk_where_that_is_asked_for(
     if durability == "fsync":
         with pytest.raises(StoreError, match="fdatasync"):
             store.write_many(KEYS[:1], [row(8)])
-    store.close()
-
-
-class Failing:
-    """A database of which one write fails, the ``number``-th from now on."""
-
-    def __init__(self, database: Any, number: int) -> None:
-        self._database, self._left = database, number
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._database, name)
-
-    def write(self, batch: Any) -> None:
-        self._left -= 1
-        if self._left == 0:
-            raise OSError("IO error: While appending")
-        self._database.write(batch)
-
-
-@pytest.mark.parametrize("again", ["written", "opened"])
-@pytest.mark.parametrize("fails", [1, 2, 4, 5])
-def test_no_note_stays_ahead_of_what_is_not_written(path: Path, fails: int, again: str) -> None:
-    """Wherever an update fails, in one of four parts of notes or behind them, it leaves none, and no other is gone."""
-    store, ahead = opened(path), [b"\x01" + n.to_bytes(2 + n % 3, "big") for n in range(4 * AHEAD)]
-    store.update([], lambda found: Writes({}, ahead=[b"\x01other"]))
-    database = store._db
-    store._db = Failing(database, fails)
-    with pytest.raises(StoreError, match="appending"):
-        store.update([], lambda found: Writes({b"a": row(1)}, note=[b"\x02"], ahead=ahead))
-    store._db = database
-    assert sum(store.noted(ahead)) == min(fails - 1, 4) * AHEAD
-    if again == "written":
-        store.update([], lambda found: Writes({}, note=[b"\x03"], ahead=ahead[:2]))
-        left = [*ahead[:2], b"\x01other", b"\x03"]
-    else:
-        store.close()
-        store, left = opened(path), [b"\x01other"]
-    assert list(store.notes(b"", b"\xff")) == sorted(left)
-    assert store.read_many([b"a"]) == [None]
     store.close()
 
 
