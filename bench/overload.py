@@ -1,9 +1,10 @@
 """A server that is asked for more than it can serve: answers and latency against load, up to three times its peak.
 
-The peak is the most that it answers to connections that wait for their answers, with few calls under way on each or
-with many. Then requests are sent whether or not those before them were answered, at parts and multiples of that rate.
-What the server cannot serve it is to refuse at once. The server has a core of its own, and h2load, which makes both
-loads, another: three times the load takes three times as much of it, and that is not to be the server's loss.
+The peak is what it answers to connections that wait for their answers, with as many calls under way on each as make
+it the most in the median of all rounds; what came of a load is told of what those got in the same round. Then
+requests are sent whether or not those before them were answered, at parts and multiples of that rate. What the server
+cannot serve it is to refuse at once. The server has a core of its own, and h2load, which makes both loads, another:
+three times the load takes three times as much of it, and that is not to be the server's loss.
 
 "Sent" is how much of the rate left the client. On pygrpc-native a connection has only so many calls under way, and what
 is more waits with the client, as any client of HTTP/2 has it: that wait is not the server's, and is told beside it, in
@@ -65,17 +66,16 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Offered:
-    """One round of one load: ``peak`` is that of the round, ``rate`` what was to be sent a second."""
+    """One round of one load: ``rate`` is what was to be sent a second."""
 
-    peak: float
     rate: float
     loaded: Loaded
     answered: int
 
     @property
-    def goodput(self) -> float:
-        """Answers a second, of those at the peak."""
-        return self.answered / self.loaded.seconds / self.peak
+    def answers(self) -> float:
+        """Answers a second."""
+        return self.answered / self.loaded.seconds
 
     def sent(self, sendable: int) -> float:
         """The part of the rate that was sent."""
@@ -134,7 +134,7 @@ def in_turns(address: str, body: bytes, loads: tuple[float, ...]) -> Rounds:
         for part in loads:
             answer_bytes = bytes_of_answer(address, body)
             loaded = h2load.run(address, body, seconds=SECONDS, connections=CONNECTIONS, rate=part * peak)
-            found[part].append(Offered(peak, part * peak, loaded, loaded.answered(answer_bytes)))
+            found[part].append(Offered(part * peak, loaded, loaded.answered(answer_bytes)))
     return closed, found
 
 
@@ -153,11 +153,15 @@ def bytes_of_answer(address: str, body: bytes) -> int:
 
 def _figures(told: str, case: Case, rounds: Rounds) -> list[Figure]:
     closed, found = rounds
-    peak = statistics.median(each.peak for each in found[max(LOADS)])
-    each = ", ".join(f"{number(statistics.median(rates))} with {calls}" for calls, rates in closed.items())
-    note = f"best of each round, of {CONNECTIONS} connections by the calls of each: {each}"
-    figures = [Figure(f"{told}: peak", peak, "req/s", note=note)]
-    goodputs = {part: statistics.median(each.goodput for each in offered) for part, offered in found.items()}
+    medians = {calls: statistics.median(rates) for calls, rates in closed.items()}
+    peaks = closed[max(medians, key=medians.__getitem__)]
+    peak = statistics.median(peaks)
+    each = ", ".join(f"{number(median)} with {calls}" for calls, median in medians.items())
+    figures = [Figure(f"{told}: peak", peak, "req/s", note=f"{CONNECTIONS} connections by the calls of each: {each}")]
+    goodputs = {
+        part: statistics.median(each.answers / peak for each, peak in zip(offered, peaks, strict=True))
+        for part, offered in found.items()
+    }
     for part, offered in found.items():
         target = GOODPUT if part == max(LOADS) and case.bounded is not None else None
         note = _told(case, offered)

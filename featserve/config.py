@@ -104,7 +104,7 @@ class ServerConfig:
     transport: str = field(default="grpcio", metadata={"choices": TRANSPORTS})
     max_message_mb: int = between(16, 1, 2_047)
     max_rows: int = between(10_000, 1, 10_000_000)
-    max_concurrent: int = between(256, 1, 1_000_000)
+    max_concurrent: int = between(512, 1, 1_000_000)
     max_streams: int = between(16, 1, 1_000_000)
     default_deadline_ms: int = between(5_000, 1, 3_600_000)
     drain_seconds: float = between(10.0, 0, 3_600)
