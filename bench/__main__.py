@@ -87,7 +87,7 @@ BENCHES: dict[str, tuple[str, Callable[[Path], list[Figure]]]] = {
     "server": ("Server: 50 float64 features, 1 million entities, 8 connections", server.measure),
     "native": ("pygrpc-native: 50 float64 features, hot rows and random ones, 8 connections", native.measure),
     "workers": ("Workers: two on two cores with the generator, hot rows, 16 connections", workers.measure),
-    "telemetry": ("Traces and metrics: a request's processor time beside that with none of them", telemetry.measure),
+    "telemetry": ("Traces and metrics: requests per second beside none of them, 8 connections", telemetry.measure),
     "profile": ("Profile: the time that Python holds its lock in a loaded server", profile.measure),
     "freshness": ("Freshness: from a write's acknowledgement to its being read elsewhere", freshness.measure),
     "in_process": ("In process: the same view, no server", in_process.measure),

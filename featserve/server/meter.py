@@ -10,14 +10,14 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from threading import Lock
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from featserve.matrix import FeatureMatrix, Status
 from featserve.plan import ReadPlan
 from featserve.server.service import Record
-from featserve.server.tally import Tally
+from featserve.server.tally import Tally, is_whole
 from featserve.types import NEVER_US, Array
 
 US, MS, SECOND = 1_000, 1_000_000, 1_000_000_000
@@ -76,6 +76,14 @@ class Load(Protocol):
     shed: int
 
 
+class _Noted(NamedTuple):
+    """Requests of one service that are not counted yet: how many rows, and nanoseconds that each took."""
+
+    plan: ReadPlan
+    rows: list[int]
+    took_ns: list[int]
+
+
 class Meter:
     """What a server has counted since it started.
 
@@ -99,8 +107,8 @@ class Meter:
         self._lock = Lock()
         self._ages_every_ns, self._of_workers = ages_every_ns, of_workers
         self._counted: dict[tuple[str, str, str], tuple[Buckets, Tally | None]] = {}
-        self._noted: dict[tuple[str, str], tuple[ReadPlan, list[int]]] = {}
-        """Nanoseconds that requests took for one row that was there, by method and hash of the service."""
+        self._noted: dict[tuple[str, str], _Noted] = {}
+        """Requests for rows that were all there, by method and hash of the service."""
 
     @property
     def durations(self) -> Mapping[tuple[str, str, str], Buckets]:
@@ -131,6 +139,11 @@ class Meter:
 
     def add(self, method: str, code: str, begun_ns: int, ended_ns: int, record: Record) -> None:
         """Count a request that began and ended at these readings of a stopwatch, with the name of its status code."""
+        plan, matrix = record.plan, record.matrix
+        whole = code == "OK" and plan is not None and matrix is not None and is_whole(matrix)
+        if whole and not record.ages and not self._of_workers:
+            self._note(method, plan, len(matrix), [ended_ns - begun_ns])
+            return
         with self._lock:
             if record.written is not None:
                 rows = self.written.setdefault(record.view, [0, 0])
@@ -140,9 +153,8 @@ class Meter:
                 self.pushed.setdefault(record.source, Counter()).update(record.pushed.outcomes())
             if self._of_workers:
                 return
-            durations, tally = self._counters(method, code, record.plan)
+            durations, tally = self._counters(method, code, plan)
             durations.add(ended_ns - begun_ns)
-            matrix = record.matrix
             if matrix is not None and tally is not None:
                 tally.add(matrix)
                 if record.ages:
@@ -160,39 +172,44 @@ class Meter:
     ) -> None:
         """Count requests that took so long, each of which was answered with some rows of ``matrix``, as of ``now_us``.
 
-        None where each was for one row that was there and held no null. Of these the times alone are noted, and counted
-        when they are many.
+        None where each was for one row that was there and held no null.
         """
-        if matrix is not None:
-            with self._lock:
-                durations, tally = self._counters(method, "OK", plan)
-                durations.add_all(np.array(took_ns))
-                assert tally is not None
-                tally.add(matrix)
-                if matrix.event_times is not None:
-                    self.ages_due_ns = ended_ns + self._ages_every_ns
-                    self._add_ages(matrix, now_us)
+        if matrix is None or (matrix.event_times is None and is_whole(matrix)):
+            self._note(method, plan, len(took_ns if matrix is None else matrix), took_ns)
             return
-        # Without the lock: another thread sees all that a list is extended by, or nothing.
+        with self._lock:
+            durations, tally = self._counters(method, "OK", plan)
+            durations.add_all(np.array(took_ns))
+            assert tally is not None
+            tally.add(matrix)
+            if matrix.event_times is not None:
+                self.ages_due_ns = ended_ns + self._ages_every_ns
+                self._add_ages(matrix, now_us)
+
+    def _note(self, method: str, plan: ReadPlan, rows: int, took_ns: list[int]) -> None:
+        """Note requests for rows that were all there and held no null; they are counted when they are many.
+
+        Without the lock: another thread sees all that a list is extended by, or nothing.
+        """
         key = method, plan.schema.hash
-        found = self._noted.get(key)
-        if found is None:
-            found = self._noted.setdefault(key, (plan, []))
-        noted = found[1]
-        noted.extend(took_ns)
-        if len(noted) >= MOST_NOTED:
+        noted = self._noted.get(key)
+        if noted is None:
+            noted = self._noted.setdefault(key, _Noted(plan, [], []))
+        noted.rows.append(rows)
+        noted.took_ns.extend(took_ns)
+        if len(noted.took_ns) >= MOST_NOTED:
             with self._lock:
                 self._count_noted()
 
     def _count_noted(self) -> None:
         """Count what was noted, under the lock; what is noted meanwhile stays."""
-        for (method, _), (plan, noted) in self._noted.copy().items():
-            took_ns = np.array(noted, np.int64)
-            del noted[: len(took_ns)]
-            durations, tally = self._counters(method, "OK", plan)
+        for (method, _), noted in self._noted.copy().items():
+            took_ns, rows = np.array(noted.took_ns, np.int64), noted.rows.copy()
+            del noted.took_ns[: len(took_ns)], noted.rows[: len(rows)]
+            durations, tally = self._counters(method, "OK", noted.plan)
             assert tally is not None
             durations.add_all(took_ns)
-            tally.rows += len(took_ns)
+            tally.rows += sum(rows)
 
     def _counters(self, method: str, code: str, plan: ReadPlan | None) -> tuple[Buckets, Tally | None]:
         """Return what counts the requests of a method, code and service."""

@@ -14,6 +14,11 @@ from featserve.plan import Place, ReadPlan
 PRESENT = bytes([Status.PRESENT])
 
 
+def is_whole(matrix: FeatureMatrix) -> bool:
+    """Say whether all rows are there, and no value is null."""
+    return matrix.valid is None and matrix.view_status.tobytes().count(PRESENT) == matrix.view_status.size
+
+
 class Tally:
     """Counts of one service version's answers.
 
@@ -33,7 +38,7 @@ class Tally:
         status, valid = matrix.view_status, matrix.valid
         rows = len(status)
         self.rows += rows
-        if valid is None and status.tobytes().count(PRESENT) == rows * len(self._targets):
+        if is_whole(matrix):
             return
         for i, targets in enumerate(self._targets):
             column = status[:, i].tobytes()
