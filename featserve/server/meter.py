@@ -140,8 +140,8 @@ class Meter:
     def add(self, method: str, code: str, begun_ns: int, ended_ns: int, record: Record) -> None:
         """Count a request that began and ended at these readings of a stopwatch, with the name of its status code."""
         plan, matrix = record.plan, record.matrix
-        whole = code == "OK" and plan is not None and matrix is not None and is_whole(matrix)
-        if whole and not record.ages and not self._of_workers:
+        simple = code == "OK" and not record.ages and not self._of_workers
+        if simple and plan is not None and matrix is not None and is_whole(matrix):
             self._note(method, plan, len(matrix), [ended_ns - begun_ns])
             return
         with self._lock:
