@@ -7,10 +7,11 @@ the next opening removes them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import rocksdict
 
-from featserve.store.database import NOTES
+from featserve.store.database import NOTES, translated
 from featserve.store.replaced import grouped, ungrouped
 from featserve.turns import give_way
 
@@ -23,7 +24,9 @@ AHEAD = 512
 class Ahead:
     """What was made ahead. ``keys``: of a batch that is not written yet, or could not be."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path) -> None:
+        """``path``: of the store."""
+        self._path = path
         self.keys: Sequence[bytes] = ()
 
     def opened(self, db: rocksdict.Rdict, notes: rocksdict.Rdict) -> None:
@@ -33,11 +36,17 @@ class Ahead:
             self._take_back(db)
 
     def begin(self, db: rocksdict.Rdict, keys: Sequence[bytes]) -> Sequence[bytes]:
-        """Make notes ahead of a batch where they are many; return those that belong in it."""
-        if self.keys:
-            self._take_back(db)
-        if len(keys) <= AHEAD:
-            return keys
+        """Make notes ahead of a batch where they are many; return those that belong in it. Raises StoreError."""
+        many = len(keys) > AHEAD
+        if many or self.keys:
+            with translated(f"cannot write to the store at {self._path}"):
+                if self.keys:
+                    self._take_back(db)
+                if many:
+                    self._make(db, keys)
+        return () if many else keys
+
+    def _make(self, db: rocksdict.Rdict, keys: Sequence[bytes]) -> None:
         self.keys = keys
         notes = db.get_column_family_handle(NOTES)
         for start in range(0, len(keys), AHEAD):
@@ -49,7 +58,6 @@ class Ahead:
             give_way()
             db.write(batch)
         give_way()
-        return ()
 
     def _take_back(self, db: rocksdict.Rdict) -> None:
         notes = db.get_column_family_handle(NOTES)

@@ -24,7 +24,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, suppress
-from itertools import chain, compress, islice
+from itertools import compress, islice
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -69,7 +69,7 @@ class RocksStore:
         self.path = path
         self._lock, self._updates = threading.Lock(), threading.RLock()
         self._loads: set[_Load] = set()
-        self._ahead = Ahead()
+        self._ahead = Ahead(path)
         self._cache = RowCache(row_cache_mb << 20)
         blocks = rocksdict.Cache(block_cache_mb << 20)
         self._options, self._notes_options = options_of(blocks), options_of(blocks)
@@ -211,8 +211,7 @@ class RocksStore:
 
         ``old``: the keys that had a row; None where rows of any keys were replaced just before.
         """
-        with translated(f"cannot write to the store at {self.path}"):
-            ahead = self._ahead.begin(self._opened(), writes.ahead)
+        ahead = self._ahead.begin(self._opened(), writes.ahead)
         batch = rocksdict.WriteBatch(raw_mode=True)
         for key, row in writes.rows.items():
             if row is None:
@@ -222,7 +221,7 @@ class RocksStore:
         notes = self._opened().get_column_family_handle(NOTES)  # one that is kept keeps the database open
         for key in writes.forget:
             batch.delete(key, notes)
-        for key in chain(writes.note, ahead):
+        for key in (*writes.note, *ahead):
             batch.put(key, b"", notes)
         if self._ahead.keys:
             batch.delete(AHEAD_KEY, notes)
