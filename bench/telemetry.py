@@ -126,6 +126,7 @@ def listening(opened: Embedded, name: str, endpoint: str) -> Iterator[dict[str, 
         return server, f"{settings.host}:{await server.start(settings.host, 0)}"
 
     with ExitStack() as stack:
+        stack.callback(loop.close)
         stack.callback(thread.join)
         stack.callback(loop.call_soon_threadsafe, loop.stop)
         found = {}

@@ -277,8 +277,11 @@ class NativeServer:
                 if trace is not None:
                     traced = True
         answered = 0
+        begun = [("decode", now_ns)]
         for share in self._service.shares(requests):
-            stages = Stages(("decode", now_ns)) if traced else None
+            stages = Stages(*begun) if traced else None
+            if traced and len(begun) == 1:
+                begun.append(("other services", perf_counter_ns()))  # which those after the first wait for
             try:
                 matrix, answers = self._service.get_features_together(share, stages, ages)
             except Exception:  # noqa: BLE001 - the top of a request

@@ -20,8 +20,9 @@ from featserve.errors import ServingError
 from featserve.server import native
 from featserve.server.app import run
 from featserve.server.native import NativeServer
+from tests.server.collector import Collector
 from tests.server.held import Held
-from tests.server.messages import numbers, wide
+from tests.server.messages import numbers, ranking, wide
 from tests.serving import PATIENCE_S, TRANSPORTS, Project, Server, served_here
 
 
@@ -74,6 +75,38 @@ def test_reads_that_wait_are_answered_with_one_read(tmp_path: Path, monkeypatch:
     project = Project.make(tmp_path / "project", **TRANSPORTS["native"], max_streams=32)
     assert served_here(project, ask) == list(range(17))
     assert reads.keys == [1, 16]
+
+
+def test_a_trace_tells_for_how_long_other_services_were_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two services that are asked for at once, the one that is answered second has waited for the first."""
+    reads = Held(monkeypatch)
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
+    project = Project.make(tmp_path / "project")
+
+    def ask(address: str) -> None:
+        with grpc.insecure_channel(address) as channel:
+            stub = FeatureServingServiceStub(channel)
+            with reads.held() as begun:
+                first = stub.GetFeatures.future(wide(0), timeout=PATIENCE_S)
+                assert begun.wait(PATIENCE_S)
+                traced = (("traceparent", f"00-{1:032x}-{1:016x}-01"),)
+                calls = [stub.GetFeatures.future(make(1), PATIENCE_S, traced) for make in (wide, ranking)]
+                health: Any = health_pb2_grpc.HealthStub(channel)
+                health.Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
+            for call in (first, *calls):
+                call.result()
+
+    with Collector() as collector:
+        project.configure(
+            server={"port": 0} | TRANSPORTS["native"],
+            telemetry={"otlp_endpoint": collector.endpoint, "sample_ratio": 0},
+        )
+        served_here(project, ask)
+        names = {tree.attributes["featserve.service.name"]: tree.names for tree in collector.trees(2)}
+    assert names["wide"][:3] == ["queue", "decode", "keys"]
+    assert names["ranking"][:4] == ["queue", "decode", "other services", "keys"]
 
 
 @pytest.mark.parametrize(("settings", "streams"), [({}, 16), ({"max_streams": 500}, 500)])
