@@ -17,7 +17,8 @@ import numpy as np
 from featserve.matrix import FeatureMatrix, Status
 from featserve.plan import ReadPlan
 from featserve.server.service import Record
-from featserve.server.tally import Tally, is_whole
+from featserve.server.tally import Tally
+from featserve.server.together import Share
 from featserve.types import NEVER_US, Array
 
 US, MS, SECOND = 1_000, 1_000_000, 1_000_000_000
@@ -32,9 +33,9 @@ AGE_US = tuple(
     int(seconds * 1_000_000)
     for seconds in (0.01, 0.1, 1, 10, 60, 300, 1_800, 3_600, 21_600, 86_400, 259_200, 604_800, 2_592_000, 31_536_000)
 )
-MOST_NOTED = 2_048
-"""Requests that are noted before all are counted at once."""
-AGES_EVERY_NS = 100 * MS
+MOST_NOTED = 512
+"""Requests of a service that are noted before all are counted at once."""
+AGES_EVERY_NS = 250 * MS
 """How often the ages of an answer are looked at, at most: reading event times costs more than all else here."""
 
 
@@ -77,7 +78,11 @@ class Load(Protocol):
 
 
 class _Noted(NamedTuple):
-    """Requests of one service that are not counted yet: how many rows, and nanoseconds that each took."""
+    """Requests of a service that are not counted yet: rows of those that shared a read, and nanoseconds of each.
+
+    Numbers and nothing else, as what is kept is no longer in the processor's cache when it is counted; and lists, as to
+    append to one needs no lock.
+    """
 
     plan: ReadPlan
     rows: list[int]
@@ -108,7 +113,7 @@ class Meter:
         self._ages_every_ns, self._of_workers = ages_every_ns, of_workers
         self._counted: dict[tuple[str, str, str], tuple[Buckets, Tally | None]] = {}
         self._noted: dict[tuple[str, str], _Noted] = {}
-        """Requests for rows that were all there, by method and hash of the service."""
+        """Requests for rows that were all there and held no null, by method and hash of the service."""
 
     @property
     def durations(self) -> Mapping[tuple[str, str, str], Buckets]:
@@ -140,9 +145,12 @@ class Meter:
     def add(self, method: str, code: str, begun_ns: int, ended_ns: int, record: Record) -> None:
         """Count a request that began and ended at these readings of a stopwatch, with the name of its status code."""
         plan, matrix = record.plan, record.matrix
-        simple = code == "OK" and not record.ages and not self._of_workers
-        if simple and plan is not None and matrix is not None and is_whole(matrix):
-            self._note(method, plan, len(matrix), [ended_ns - begun_ns])
+        # A look at the flags, and not at the rows: of what is done for a request this is done for all.
+        if matrix is not None and matrix.valid is None and not record.ages and code == "OK" and not self._of_workers:
+            assert plan is not None
+            noted = self._noted_of(method, plan)
+            noted.rows.append(len(matrix.view_status))
+            noted.took_ns.append(ended_ns - begun_ns)
             return
         with self._lock:
             if record.written is not None:
@@ -167,39 +175,40 @@ class Meter:
             if not self._of_workers:
                 self._counters(method, code, None)[0].add(0)
 
-    def add_together(
-        self, method: str, plan: ReadPlan, matrix: FeatureMatrix | None, now_us: int, ended_ns: int, took_ns: list[int]
-    ) -> None:
-        """Count requests that took so long, each of which was answered with some rows of ``matrix``, as of ``now_us``.
+    def note_together(self, method: str, ended: Sequence[tuple[Share, int]], begun_ns: Sequence[int]) -> None:
+        """Count requests that one thread answered together, and whose rows were all there and held no null.
 
-        None where each was for one row that was there and held no null.
+        ``ended``: their shares, and when each was answered. ``begun_ns``: when each of all requests began.
         """
-        if matrix is None or (matrix.event_times is None and is_whole(matrix)):
-            self._note(method, plan, len(took_ns if matrix is None else matrix), took_ns)
-            return
+        for share, ended_ns in ended:
+            noted = self._noted_of(method, share.asked.plan)
+            noted.rows.append(share.rows)
+            for number in share.numbers:
+                noted.took_ns.append(ended_ns - begun_ns[number])
+
+    def add_together(
+        self, method: str, share: Share, matrix: FeatureMatrix, ended_ns: int, begun_ns: Sequence[int]
+    ) -> None:
+        """Count requests of a share that were answered with these rows; see ``note_together``."""
         with self._lock:
-            durations, tally = self._counters(method, "OK", plan)
-            durations.add_all(np.array(took_ns))
+            durations, tally = self._counters(method, "OK", share.asked.plan)
+            durations.add_all(np.array([ended_ns - begun_ns[number] for number in share.numbers]))
             assert tally is not None
             tally.add(matrix)
             if matrix.event_times is not None:
                 self.ages_due_ns = ended_ns + self._ages_every_ns
-                self._add_ages(matrix, now_us)
+                self._add_ages(matrix, share.now_us)
 
-    def _note(self, method: str, plan: ReadPlan, rows: int, took_ns: list[int]) -> None:
-        """Note requests for rows that were all there and held no null; they are counted when they are many.
-
-        Without the lock: another thread sees all that a list is extended by, or nothing.
-        """
+    def _noted_of(self, method: str, plan: ReadPlan) -> _Noted:
+        """Return where a request is noted, without the lock; what is there is counted first where it is much."""
         key = method, plan.schema.hash
         noted = self._noted.get(key)
         if noted is None:
-            noted = self._noted.setdefault(key, _Noted(plan, [], []))
-        noted.rows.append(rows)
-        noted.took_ns.extend(took_ns)
+            return self._noted.setdefault(key, _Noted(plan, [], []))
         if len(noted.took_ns) >= MOST_NOTED:
             with self._lock:
                 self._count_noted()
+        return noted
 
     def _count_noted(self) -> None:
         """Count what was noted, under the lock; what is noted meanwhile stays."""

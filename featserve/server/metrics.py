@@ -188,7 +188,7 @@ class _Reader(PrometheusMetricReader):
             _metric(
                 "featserve.event_loop.delay",
                 "How late the event loop came to a task, and how long pygrpc-native's thread has been at its turn, "
-                "looked at ten times a second",
+                "looked at four times a second",
                 [self._point(self._meter.loop_delay, SECOND, {})],
             ),
         ]

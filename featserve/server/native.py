@@ -36,7 +36,8 @@ from featserve.server.grpcio import QUIET_S, GrpcioServer, cannot_listen, overlo
 from featserve.server.meter import MS, SECOND
 from featserve.server.service import READS, SERVICE_NAME, WRITES, Call, Service
 from featserve.server.status import DETAILS_KEY, encode_error, failed
-from featserve.server.telemetry import Asking, Telemetry
+from featserve.server.telemetry import Telemetry
+from featserve.server.together import Share
 from featserve.stages import Stages
 from featserve.store.follow import Behind
 
@@ -267,38 +268,37 @@ class NativeServer:
         """Answer the calls among these that can share a read, and return how many; the others stay among the reads."""
         now_ns, meter = perf_counter_ns(), self._telemetry.meter
         ages = meter is not None and now_ns >= meter.ages_due_ns
-        asked: list[Asking] = []
-        requests = []
-        traced = False
-        for call_id, method, data, _, taken_ns, ends_ns, trace in turns:
-            if method == GET_FEATURES and now_ns < ends_ns:
-                asked.append((call_id, taken_ns, trace))
-                requests.append(data)
-                if trace is not None:
-                    traced = True
+        asked = [turn for turn in turns if turn.method == GET_FEATURES and now_ns < turn.ends_ns]
+        traced = self._telemetry.tracing is not None and any(turn.trace for turn in asked)
         answered = 0
         begun = [("decode", now_ns)]
-        for share in self._service.shares(requests):
+        whole: list[tuple[Share, int]] = []
+        """The shares whose rows were all there and held no null, and when each ended."""
+        taken_ns = [] if meter is None else [turn.taken_ns for turn in asked]
+        for share in self._service.shares([turn.data for turn in asked]):
             stages = Stages(*begun) if traced else None
             if traced and len(begun) == 1:
                 begun.append(("other services", perf_counter_ns()))  # which those after the first wait for
             try:
-                matrix, answers = self._service.get_features_together(share, stages, ages)
+                matrix, answers = self._service.get_features_together(share, stages, ages and not answered)
             except Exception:  # noqa: BLE001 - the top of a request
                 continue  # alone, each says what is wrong with it
             for number, answer in zip(share.numbers, answers, strict=True):
-                call_id, _, _ = asked[number]
+                call_id = asked[number].call_id
                 self._respond(call_id, answer)
                 del self._reads[call_id]
             answered += len(answers)
             if meter is not None:
                 ended_ns = perf_counter_ns()
-                took_ns = []
-                for number in share.numbers:
-                    took_ns.append(ended_ns - asked[number][1])
-                meter.add_together("GetFeatures", share.asked.plan, matrix, share.now_us, ended_ns, took_ns)
+                if matrix is None or (matrix.valid is None and matrix.event_times is None):
+                    whole.append((share, ended_ns))
+                else:
+                    meter.add_together("GetFeatures", share, matrix, ended_ns, taken_ns)
             if stages is not None:
-                self._telemetry.trace_together("GetFeatures", share, matrix, asked, stages)
+                waited = [(asked[number].taken_ns, asked[number].trace) for number in share.numbers]
+                self._telemetry.trace_together("GetFeatures", share, matrix, waited, stages)
+        if meter is not None and whole:
+            meter.note_together("GetFeatures", whole, taken_ns)
         return answered
 
     def _answer(self, turn: Turn) -> None:

@@ -1,7 +1,7 @@
 """How many rows and values of a service's answers have which status, counted view by view.
 
 Comes in: answers. Goes out: running counts, for metrics and spans. The common answer, where every row is present and no
-value is null, costs one comparison.
+value is null, costs one look at a flag: ``engine.fill`` gives an answer ``valid`` unless all its rows are whole.
 """
 
 from __future__ import annotations
@@ -10,13 +10,6 @@ import numpy as np
 
 from featserve.matrix import FeatureMatrix, Status
 from featserve.plan import Place, ReadPlan
-
-PRESENT = bytes([Status.PRESENT])
-
-
-def is_whole(matrix: FeatureMatrix) -> bool:
-    """Say whether all rows are there, and no value is null."""
-    return matrix.valid is None and matrix.view_status.tobytes().count(PRESENT) == matrix.view_status.size
 
 
 class Tally:
@@ -38,16 +31,15 @@ class Tally:
         status, valid = matrix.view_status, matrix.valid
         rows = len(status)
         self.rows += rows
-        if is_whole(matrix):
+        if valid is None:
             return
         for i, targets in enumerate(self._targets):
             column = status[:, i].tobytes()
             not_found, expired = column.count(Status.NOT_FOUND), column.count(Status.EXPIRED)
             self.not_found[i] += not_found
             self.expired[i] += expired
-            if valid is not None:  # a row that a view does not have has no valid value in it
-                held = (rows - not_found - expired) * _size(targets)
-                self.nulls[i] += held - int(np.count_nonzero(valid[:, targets]))
+            held = (rows - not_found - expired) * _size(targets)  # of a row that a view does not have none is valid
+            self.nulls[i] += held - int(np.count_nonzero(valid[:, targets]))
 
 
 def _size(place: Place) -> int:

@@ -51,8 +51,8 @@ UNWATCHED = nullcontext()
 Attributes = dict[str, str | int]
 
 
-Asking = tuple[int, int, "Trace | None"]
-"""A call that may be answered with others: its number, since when it has waited, by ``perf_counter_ns``, its trace."""
+Asking = tuple[int, "Trace | None"]
+"""A call that is answered with others: since when it has waited, by ``perf_counter_ns``, and its trace."""
 
 
 class Telemetry:
@@ -118,7 +118,7 @@ class Telemetry:
     def trace_together(
         self, method: str, share: Share, matrix: FeatureMatrix | None, asked: Sequence[Asking], stages: Stages
     ) -> None:
-        """Trace those of a share, all of them ``asked`` of this method, that are to be, as they have been answered.
+        """Trace those of a share, ``asked`` of this method, that are to be, as they have been answered.
 
         ``matrix``: the features of all; None where each was for one row that was there and held no null. ``stages``:
         where the time of all went.
@@ -126,8 +126,7 @@ class Telemetry:
         assert self.tracing is not None
         stages.end()
         start = 0
-        for number, keys in zip(share.numbers, share.keys, strict=True):
-            _, taken_ns, trace = asked[number]
+        for (taken_ns, trace), keys in zip(asked, share.keys, strict=True):
             if trace is not None:
                 trace.stages.begun += [("queue", taken_ns), *stages.begun]
                 trace.stages.ended_ns = stages.ended_ns
@@ -136,7 +135,7 @@ class Telemetry:
                     counts.rows = keys.count
                 else:
                     counts.add(matrix.part(start, start + keys.count))
-                attributes = _answered(counts) | {"featserve.together": len(share.numbers)}
+                attributes = _answered(counts) | {"featserve.together": len(asked)}
                 _end(self.tracing, trace, method, OK, attributes)
             start += keys.count
 
@@ -196,10 +195,10 @@ class _Watch(Record):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if isinstance(error, Behind):  # not the end: it is run again
-            return
         telemetry, code = self._telemetry, OK
         if error is not None or self.error is not None:
+            if isinstance(error, Behind):  # not the end: it is run again
+                return
             code = self._failed(error)
         if telemetry.meter is not None:
             telemetry.meter.add(self._method, CODES[code], self._begun_ns, perf_counter_ns(), self)

@@ -114,11 +114,14 @@ class Asked:
 
 @dataclass(slots=True)
 class Share:
-    """Requests for one service: the number of each among all, its keys, and the instant that they are answered at."""
+    """Requests for one service: the number of each among all, its keys, all their rows, and the instant that they are
+    answered at.
+    """
 
     asked: Asked
     numbers: list[int]
     keys: list[EntityKeys | Integers]
+    rows: int = 0
     now_us: int = 0
 
     def answer(
@@ -134,6 +137,7 @@ class Share:
         if stages is not None:
             stages.begin("keys")
         keys = join_keys(self.keys)
+        self.rows = keys.count
         asked = wanted(plan, keys)
         if stages is not None:
             stages.begin("store read")

@@ -32,6 +32,7 @@ from featserve.server.meter import AGE_US, DELAY_NS, LATENCY_NS, MS, Buckets, Me
 from featserve.server.service import Call, Record
 from featserve.server.tally import Tally
 from featserve.server.telemetry import Telemetry
+from featserve.server.together import Asked, Share
 from featserve.store import open_store
 from featserve.types import Column
 from tests.server.held import Held
@@ -387,7 +388,8 @@ def test_requests_that_share_a_read_are_counted_as_if_alone(
         if rng.random() < 0.5:
             matrix = replace(matrix, event_times=None)
         times_ns = rng.integers(1, 10**9, len(matrix)).tolist()
-        shared.add_together("GetFeatures", plan, matrix, 10**12, 5, times_ns)
+        share = Share(Asked(plan), list(range(len(matrix))), [], len(matrix), 10**12)
+        shared.add_together("GetFeatures", share, matrix, 5, [5 - time_ns for time_ns in times_ns])
         for row, time_ns in enumerate(times_ns):
             record = Record()
             record.plan, record.matrix, record.now_us = plan, matrix.part(row, row + 1), 10**12
@@ -407,19 +409,27 @@ def test_requests_that_share_a_read_are_counted_as_if_alone(
 def test_what_is_noted_is_counted_when_it_is_looked_at(
     plans: dict[str, ReadPlan], monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
 ) -> None:
-    """Requests for one row that was there are counted as if alone, however many are noted before somebody looks."""
+    """Requests for rows that were there are counted as if alone, however many are noted before somebody looks."""
     monkeypatch.setattr(meter_module, "MOST_NOTED", 50)
     shared, alone = Meter(), Meter()
     for _ in range(200):
-        plan = plans[("wide", "compact")[rng.integers(2)]]
-        times_ns = rng.integers(1, 10**9, rng.integers(1, 17)).tolist()
-        shared.add_together("GetFeatures", plan, None, 10**12, 5, times_ns)
-        status = np.full((1, len(plan.views)), Status.PRESENT, np.uint8)
-        for time_ns in times_ns:
-            record = Record()
-            record.plan = plan
-            record.matrix = FeatureMatrix(plan.schema, np.zeros((1, plan.schema.width)), (), status, None, None)
-            alone.add("GetFeatures", "OK", 5, 5 + time_ns, record)
+        requests = int(rng.integers(1, 17))
+        begun_ns = rng.integers(1, 10**9, requests).tolist()
+        of = rng.integers(2, size=requests)
+        ended = []
+        for i, name in enumerate(("wide", "compact")):
+            plan, numbers = plans[name], np.flatnonzero(of == i).tolist()
+            if not numbers:
+                continue
+            share = Share(Asked(plan), numbers, [], 3 * len(numbers))
+            ended.append((share, ended_ns := 10**9 + int(rng.integers(10**9))))
+            status = np.full((3, len(plan.views)), Status.PRESENT, np.uint8)
+            for number in numbers:
+                record = Record()
+                record.plan = plan
+                record.matrix = FeatureMatrix(plan.schema, np.zeros((3, plan.schema.width)), (), status, None, None)
+                alone.add("GetFeatures", "OK", begun_ns[number], ended_ns, record)
+        shared.note_together("GetFeatures", ended, begun_ns)
         if rng.random() < 0.05:
             assert {hash: tally.rows for hash, tally in shared.tallies.items()} == {
                 hash: tally.rows for hash, tally in alone.tallies.items()

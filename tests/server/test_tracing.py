@@ -339,13 +339,13 @@ def test_who_is_answered_with_others_is_traced_as_if_alone(tmp_path: Path, rng: 
             make, there = (wide, ranking)[rng.integers(2)], rng.random() < 0.8
             users, rows = rng.integers(0, 3 if there else 6, rng.integers(1, 8)).tolist(), 1 if there else 2
             bodies = [make(*[user] * rows).SerializeToString() for user in users]
-            calls = [(i, 1_000 + i, draw() if rng.random() < 0.5 else None) for i in range(len(bodies))]
+            calls = [(1_000 + i, draw() if rng.random() < 0.5 else None) for i in range(len(bodies))]
             (share,) = service.shares(bodies)
             stages = Stages(("decode", 2_000))
             matrix, _ = service.get_features_together(share, stages)
             telemetry.trace_together("GetFeatures", share, matrix, calls, stages)
             known += matrix is None
-            for (_, taken_ns, trace), body in zip(calls, bodies, strict=True):
+            for (taken_ns, trace), body in zip(calls, bodies, strict=True):
                 if trace is not None:
                     assert trace.stages.begun[:2] == [("queue", taken_ns), ("decode", 2_000)]
                     assert trace.stages.begun[2:] == stages.begun[1:]
