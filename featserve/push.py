@@ -56,7 +56,6 @@ def push(store: OnlineStore, plan: PushPlan, batch: EventBatch, *, now_us: int, 
         rows: Rows = {}
         forget: list[bytes] = []
         note: list[bytes] = []
-        ahead: list[bytes] = []
         start = 0
         for part, wanted in zip(parts, keys, strict=True):
             give_way()
@@ -64,9 +63,8 @@ def push(store: OnlineStore, plan: PushPlan, batch: EventBatch, *, now_us: int, 
             rows |= writes.rows
             forget += writes.forget
             note += writes.note
-            ahead += writes.ahead
             start += len(wanted)
-        return Writes(rows, forget, note, ahead)
+        return Writes(rows, forget, note)
 
     own = tuple(prefix for view in plan.views for prefix in (view.ids, view.expiry, view.pushed) if prefix)
     store.update([key for wanted in keys for key in wanted], change, own=own)
@@ -161,7 +159,7 @@ class _Part:
         ids = [self._ids[row] for row in rows.tolist()]
         expiries = expiry_keys(plan, self._names, self._owner[rows], self._batch.event_time_us[rows], ids)
         removed, forget = self._expired(store, kept.before_us, kept.recent.seen_us, loads)
-        return Writes(written | removed, forget, [plan.ids + id_ for id_ in ids], expiries)
+        return Writes(written | removed, forget, [plan.ids + id_ for id_ in ids] + expiries)
 
     def _fresh(self, store: OnlineStore, loads: bytes | None) -> Mask:
         """Return which events have an id that is not there, and are the first of it in the batch to be available."""

@@ -145,11 +145,9 @@ class Meter:
     def add(self, method: str, code: str, begun_ns: int, ended_ns: int, record: Record) -> None:
         """Count a request that began and ended at these readings of a stopwatch, with the name of its status code."""
         plan, matrix = record.plan, record.matrix
-        # A look at the flags, and not at the rows: of what is done for a request this is done for all.
-        if matrix is not None and matrix.valid is None and not record.ages and code == "OK" and not self._of_workers:
-            assert plan is not None
+        if plan is not None and record.rows is not None and matrix is None and code == "OK" and not self._of_workers:
             noted = self._noted_of(method, plan)
-            noted.rows.append(len(matrix.view_status))
+            noted.rows.append(record.rows)
             noted.took_ns.append(ended_ns - begun_ns)
             return
         with self._lock:

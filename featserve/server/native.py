@@ -269,7 +269,7 @@ class NativeServer:
         now_ns, meter = perf_counter_ns(), self._telemetry.meter
         ages = meter is not None and now_ns >= meter.ages_due_ns
         asked = [turn for turn in turns if turn.method == GET_FEATURES and now_ns < turn.ends_ns]
-        traced = self._telemetry.tracing is not None and any(turn.trace for turn in asked)
+        traced = [turn for turn in asked if turn.trace is not None]
         answered = 0
         begun = [("decode", now_ns)]
         whole: list[tuple[Share, int]] = []

@@ -43,12 +43,15 @@ class Record:
     """What one request came to, for who watches it: the service fills it in.
 
     ``stages``: where its time went; None where nobody asks. ``ages``: also look at how old the served values are.
-    ``error``: one that was sent as an answer. What is never set costs nothing: it stays the class's own.
+    ``rows``: how many were read by ``plan``; ``matrix``: those rows, None where all were there and held no null,
+    and their ages were not asked for. ``error``: one that was sent as an answer. What is never set costs nothing: it
+    stays the class's own.
     """
 
     stages: Stages | None = None
     ages: bool = False
     plan: ReadPlan | None = None
+    rows: int | None = None
     matrix: FeatureMatrix | None = None
     now_us: int = 0
     view: str = ""
@@ -168,7 +171,9 @@ class Service:
             stages=stages,
         )
         if record is not None:
-            record.matrix, record.now_us = matrix, now_us
+            record.rows = keys.count
+            if matrix.valid is not None or record.ages:
+                record.matrix, record.now_us = matrix, now_us
         if stages is not None:
             stages.begin("encode")
         answer = encode_matrix(matrix, include_schema=request.include_schema, include_event_times=times)

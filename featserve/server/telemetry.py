@@ -105,9 +105,12 @@ class Telemetry:
         """
         if trace is None and self.meter is None:
             return UNWATCHED
-        now_ns = perf_counter_ns()
-        begun_ns = now_ns if taken_ns is None else taken_ns
-        call.record = watch = _Watch(self, trace, method, begun_ns, now_ns, call.remaining_s)
+        begun_ns, given_s = perf_counter_ns(), call.remaining_s
+        if taken_ns is not None:
+            if given_s is not None:
+                given_s += (begun_ns - taken_ns) / SECOND
+            begun_ns = taken_ns
+        call.record = watch = _Watch(self, trace, method, begun_ns, given_s)
         if trace is not None:
             watch.stages = trace.stages
             trace.stages.begun.append(("receive" if taken_ns is None else "queue", begun_ns))
@@ -174,7 +177,7 @@ def resource_of(wanted: TelemetryConfig, part: Part | None) -> dict[str, str]:
 class _Watch(Record):
     """The record of a watched request, while it runs; ``trace`` is None where it is only counted.
 
-    ``remaining_s``: what was left of its deadline at ``now_ns``.
+    ``given_s``: how long it may take, if that is limited.
     """
 
     def __init__(
@@ -183,11 +186,10 @@ class _Watch(Record):
         trace: Trace | None,
         method: str,
         begun_ns: int,
-        now_ns: int,
-        remaining_s: float | None,
+        given_s: float | None,
     ) -> None:
         self._telemetry, self.trace, self._method = telemetry, trace, method
-        self._begun_ns, self._now_ns, self._remaining_s = begun_ns, now_ns, remaining_s
+        self._begun_ns, self._given_s = begun_ns, given_s
 
     def __enter__(self) -> None:
         pass
@@ -222,10 +224,7 @@ class _Watch(Record):
 
     def _is_over(self) -> bool:
         """Say whether what was cancelled by now is out of time."""
-        if self._remaining_s is None:
-            return False
-        given_ns = self._now_ns - self._begun_ns + self._remaining_s * SECOND
-        return perf_counter_ns() - self._begun_ns >= OVER * given_ns
+        return self._given_s is not None and perf_counter_ns() - self._begun_ns >= OVER * self._given_s * SECOND
 
 
 def _attributes(record: Record) -> Attributes:
@@ -235,9 +234,12 @@ def _attributes(record: Record) -> Attributes:
         attributes["error.type"] = record.error.reason
     if record.plan is not None:
         counts = Tally(record.plan)
-        if record.matrix is None:
+        if record.rows is None:
             return attributes | _service(counts)
-        counts.add(record.matrix)
+        if record.matrix is None:
+            counts.rows = record.rows
+        else:
+            counts.add(record.matrix)
         return attributes | _answered(counts)
     if record.written is not None:
         attributes |= {"featserve.view": record.view, "featserve.rows": record.written.rows}

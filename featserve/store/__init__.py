@@ -22,14 +22,13 @@ Access = Literal["write", "read", "follow"]
 class Writes(NamedTuple):
     """What an update changes: the rows of keys, None where there is to be none, and notes to remove and to make.
 
-    ``ahead``: notes that are not there, and of which nobody minds if they can be seen before the rest. They may be made
-    in parts before it; where the rest is not written, none of them stays once the store is opened or written again.
+    A note to make is not there yet. Where they are many they may be made in parts before the rest; where that is not
+    written, none of them stays by the time that notes are read again.
     """
 
     rows: Mapping[bytes, bytes | None]
     forget: Sequence[bytes] = ()
     note: Sequence[bytes] = ()
-    ahead: Sequence[bytes] = ()
 
 
 Change = Callable[[list[bytes | None]], Writes]

@@ -1,7 +1,7 @@
 """Notes that are made in parts before the batch that they belong to, so that nobody waits for all of them at once.
 
-The first part names all of them in a note, which the batch removes. Where the batch is never written, the next write or
-the next opening removes them.
+The first part names all of them in a note, which the batch removes. Where the batch is never written, they are removed
+when the store is next written or opened, or its notes are read.
 """
 
 from __future__ import annotations
@@ -35,16 +35,20 @@ class Ahead:
             self.keys = ungrouped(left)
             self._take_back(db)
 
+    def settle(self, db: rocksdict.Rdict) -> None:
+        """Remove what a batch left that could not be written. Raises StoreError."""
+        if self.keys:
+            with translated(f"cannot write to the store at {self._path}"):
+                self._take_back(db)
+
     def begin(self, db: rocksdict.Rdict, keys: Sequence[bytes]) -> Sequence[bytes]:
         """Make notes ahead of a batch where they are many; return those that belong in it. Raises StoreError."""
-        many = len(keys) > AHEAD
-        if many or self.keys:
-            with translated(f"cannot write to the store at {self._path}"):
-                if self.keys:
-                    self._take_back(db)
-                if many:
-                    self._make(db, keys)
-        return () if many else keys
+        self.settle(db)
+        if len(keys) <= AHEAD:
+            return keys
+        with translated(f"cannot write to the store at {self._path}"):
+            self._make(db, keys)
+        return ()
 
     def _make(self, db: rocksdict.Rdict, keys: Sequence[bytes]) -> None:
         self.keys = keys

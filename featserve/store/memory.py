@@ -50,7 +50,6 @@ class MemoryStore:
                         stored[key] = row
                 self._notes.difference_update(writes.forget)
                 self._notes.update(writes.note)
-                self._notes.update(writes.ahead)
                 self._sequence += any(writes)
 
     def updating(self) -> AbstractContextManager[Any]:

@@ -211,7 +211,7 @@ class RocksStore:
 
         ``old``: the keys that had a row; None where rows of any keys were replaced just before.
         """
-        ahead = self._ahead.begin(self._opened(), writes.ahead)
+        note = self._ahead.begin(self._opened(), writes.note)
         batch = rocksdict.WriteBatch(raw_mode=True)
         for key, row in writes.rows.items():
             if row is None:
@@ -221,7 +221,7 @@ class RocksStore:
         notes = self._opened().get_column_family_handle(NOTES)  # one that is kept keeps the database open
         for key in writes.forget:
             batch.delete(key, notes)
-        for key in (*writes.note, *ahead):
+        for key in note:
             batch.put(key, b"", notes)
         if self._ahead.keys:
             batch.delete(AHEAD_KEY, notes)
@@ -349,6 +349,9 @@ class RocksStore:
     def _opened_notes(self) -> rocksdict.Rdict:
         self._check_writable()
         assert self._notes is not None
+        if self._ahead.keys:
+            with self._lock:
+                self._ahead.settle(self._opened())
         return self._notes
 
     def _check_writable(self) -> None:

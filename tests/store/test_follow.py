@@ -73,9 +73,9 @@ class History:
 
     def push(self) -> None:
         rows = self.rows(20)
-        old, new = ([b"%d %d" % (number, i) for i in range(50)] for number in (self.number - 20, self.number))
-        ahead = [b"%d ahead %d" % (self.number, i) for i in range(int(self.rng.choice([10, 2 * AHEAD])))]
-        self.store.update(list(rows), lambda found: Writes(rows, old, new, ahead))
+        count = int(self.rng.choice([50, 2 * AHEAD]))
+        old, new = ([b"%d %d" % (number, i) for i in range(count)] for number in (self.number - 20, self.number))
+        self.store.update(list(rows), lambda found: Writes(rows, old, new))
 
     def load(self) -> None:
         with self.store.load() as load:
