@@ -33,7 +33,7 @@ AGE_US = tuple(
     int(seconds * 1_000_000)
     for seconds in (0.01, 0.1, 1, 10, 60, 300, 1_800, 3_600, 21_600, 86_400, 259_200, 604_800, 2_592_000, 31_536_000)
 )
-MOST_NOTED = 512
+MOST_NOTED = 2_048
 """Requests of a service that are noted before all are counted at once."""
 AGES_EVERY_NS = 250 * MS
 """How often the ages of an answer are looked at, at most: reading event times costs more than all else here."""
