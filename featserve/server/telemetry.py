@@ -11,6 +11,7 @@ import logging
 from asyncio import CancelledError
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from time import perf_counter_ns
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ import grpc
 from featserve.config import Config, TelemetryConfig
 from featserve.errors import DeadlineExceeded, FeatserveError, ServingError
 from featserve.matrix import FeatureMatrix
+from featserve.plan import ReadPlan
 from featserve.server.meter import SECOND, Load, Meter
 from featserve.server.service import SERVICE_NAME, Call, Record
 from featserve.server.status import MESSAGE_BYTES, code_of, cut
@@ -133,13 +135,12 @@ class Telemetry:
             if trace is not None:
                 trace.stages.begun += [("queue", taken_ns), *stages.begun]
                 trace.stages.ended_ns = stages.ended_ns
-                counts = Tally(share.asked.plan)
-                if matrix is None:
-                    counts.rows = keys.count
-                else:
+                counts = None
+                if matrix is not None and matrix.valid is not None:
+                    counts = Tally(share.asked.plan)
                     counts.add(matrix.part(start, start + keys.count))
-                attributes = _answered(counts) | {"featserve.together": len(asked)}
-                _end(self.tracing, trace, method, OK, attributes)
+                told = partial(_together, method, share.asked.plan, keys.count, counts, len(asked))
+                self.tracing.end(trace, f"{SERVICE_NAME}/{method}", told, None)
             start += keys.count
 
     def refuse(self, method: str, code: int) -> None:
@@ -206,8 +207,9 @@ class _Watch(Record):
             telemetry.meter.add(self._method, CODES[code], self._begun_ns, perf_counter_ns(), self)
         if self.trace is not None and telemetry.tracing is not None:
             self.trace.stages.end()
-            failure = "" if self.error is None else str(self.error)
-            _end(telemetry.tracing, self.trace, self._method, code, _attributes(self), failure)
+            attributes = _called(self._method, code) | _attributes(self)
+            failure = cut(str(self.error or ""), MESSAGE_BYTES) if code in SERVER_FAULTS else None
+            telemetry.tracing.end(self.trace, f"{SERVICE_NAME}/{self._method}", lambda: attributes, failure)
 
     def _failed(self, error: BaseException | None) -> int:
         """Note what a request failed with; return its status code."""
@@ -262,8 +264,15 @@ def _answered(counts: Tally) -> Attributes:
     }
 
 
-def _end(tracing: Tracing, trace: Trace, method: str, code: int, attributes: Attributes, failure: str = "") -> None:
-    """Export the spans of a recorded request. ``failure``: what went wrong."""
+def _together(method: str, plan: ReadPlan, rows: int, counts: Tally | None, requests: int) -> Attributes:
+    """Return what the span of a request says that shared a read; no ``counts`` of rows that were whole."""
+    if counts is None:
+        counts = Tally(plan)
+        counts.rows = rows
+    return _called(method, OK) | _answered(counts) | {"featserve.together": requests}
+
+
+def _called(method: str, code: int) -> Attributes:
+    """Return what OpenTelemetry's conventions for gRPC call a request and its end."""
     name = f"{SERVICE_NAME}/{method}"
-    told = {"rpc.system.name": "grpc", "rpc.method": name, "rpc.response.status_code": CODES[code], **attributes}
-    tracing.end(trace, name, told, cut(failure, MESSAGE_BYTES) if code in SERVER_FAULTS else None)
+    return {"rpc.system.name": "grpc", "rpc.method": name, "rpc.response.status_code": CODES[code]}

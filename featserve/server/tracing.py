@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from operator import itemgetter
@@ -71,6 +71,8 @@ LENGTH_DELIMITED = 2
 """The kind of field that a message is, and bytes are."""
 
 Metadata = Iterable[tuple[str, str | bytes]]
+Told = Callable[[], Mapping[str, str | int]]
+"""Returns the attributes of a span; called by who sends it: code that one in a hundred requests runs is in no cache."""
 
 
 class Trace(NamedTuple):
@@ -87,14 +89,12 @@ class Trace(NamedTuple):
 class Ended(ReadableSpan):
     """A request that has ended, as the SDK's queue takes it.
 
-    ``epoch_ns``: what makes a reading of the stopwatch a time of day. ``failure``: as in ``Tracing.end``.
+    ``epoch_ns``: what makes a reading of the stopwatch a time of day. ``told`` and ``failure``: as in ``Tracing.end``.
     """
 
-    def __init__(
-        self, resource: Resource, trace: Trace, name: str, attributes: Mapping[str, str | int], failure: str | None
-    ) -> None:
+    def __init__(self, resource: Resource, trace: Trace, name: str, told: Told, failure: str | None) -> None:
         super().__init__(name, RECORDED, resource=resource)
-        self._trace, self._said, self._failure = trace, tuple(attributes.items()), failure
+        self._trace, self._told, self._failure = trace, told, failure
         self._begun = [*trace.stages.begun, ("", trace.stages.ended_ns)]  # a write whose caller is gone may still go on
         self._epoch_ns = time.time_ns() - time.perf_counter_ns()
 
@@ -112,7 +112,8 @@ class Ended(ReadableSpan):
         within = TRACE_ID + trace_id + (PARENT_ID + parent_id if parent_id else b"")
         size, kind, flags = len(within) + OWN.size, Span.SPAN_KIND_SERVER, REMOTE if parent_id else LOCAL
         own = OWN.pack(SPAN_ID, span_id, START, begun[0][1] + epoch_ns, END, begun[-1][1] + epoch_ns)
-        spans += (_head(size, self.name, kind, flags, state, self._said, self._failure), within, own)
+        said = tuple(self._told().items())
+        spans += (_head(size, self.name, kind, flags, state, said, self._failure), within, own)
         return b"".join(spans)
 
 
@@ -189,12 +190,12 @@ class Tracing:
             return [(TRACEPARENT, NOT_RECORDED), *rest]
         return [(TRACEPARENT, f"00-{trace.trace_id.hex()}-{trace.span_id.hex()}-{trace.flags:02x}"), *rest]
 
-    def end(self, trace: Trace, name: str, attributes: Mapping[str, str | int], failure: str | None) -> None:
+    def end(self, trace: Trace, name: str, told: Told, failure: str | None) -> None:
         """Export the spans of a request that has ended: the server's, called ``name``, and one below it for each stage.
 
-        ``failure``: what went wrong, where that is the server's fault.
+        ``told``: returns what the former says. ``failure``: what went wrong, where that is the server's fault.
         """
-        self._processor.on_end(Ended(self._resource, trace, name, attributes, failure))
+        self._processor.on_end(Ended(self._resource, trace, name, told, failure))
 
     def close(self, seconds: float) -> None:
         """Send what is left, and give up after ``seconds``."""

@@ -152,6 +152,6 @@ def open_store(
 
 def is_held(path: Path) -> bool:
     """Say whether another process has the store in folder ``path`` open for writing."""
-    from featserve.store.rocksdb import is_locked
+    from featserve.store.database import is_locked
 
     return is_locked(path)

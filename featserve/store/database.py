@@ -6,6 +6,8 @@ follows the database skips them.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,8 @@ from featserve.errors import StoreError, StoreFull, StoreLocked
 from featserve.store import Access
 
 NOTES = "notes"
+WRITING: set[Path] = set()
+"""The stores that this process has open for writing."""
 
 
 def keys_of(db: rocksdict.Rdict, first: bytes, wanted: Callable[[bytes], bool]) -> Iterator[bytes]:
@@ -109,3 +113,19 @@ def translate(error: Exception, what: str) -> StoreError:
     if "Corruption" in text:
         return StoreError(f"{what}: it is damaged ({text}). Restore it, or remove the folder and materialize again")
     return StoreError(f"{what}: {text}")
+
+
+def is_locked(path: Path) -> bool:
+    """Say whether another process holds RocksDB's lock on folder ``path``."""
+    if path.resolve() in WRITING:
+        return False  # and closing its lock file would give back the lock that this process has
+    try:
+        with (path / "LOCK").open("rb") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back when the file is closed
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return True
+        raise translate(error, f"cannot look at the store at {path}") from error
+    return False

@@ -14,8 +14,6 @@ another catch-up has followed.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import operator
 import os
 import re
@@ -37,7 +35,7 @@ from featserve.store import Access, Change, Writes, newest
 from featserve.store.ahead import AHEAD_KEY, Ahead
 from featserve.store.announced import Announced
 from featserve.store.cache import RowCache
-from featserve.store.database import NOTES, ingest, keys_of, open_database, options_of, translate, translated
+from featserve.store.database import NOTES, WRITING, ingest, keys_of, open_database, options_of, translate, translated
 from featserve.store.replaced import packed, place, replaced
 from featserve.turns import give_way
 
@@ -47,8 +45,6 @@ SEQUENCE_KEY = b"\x00sequence"
 """How many batches and loads were written, as 8 bytes, big-endian: put with each, so that it is as old as they are."""
 OPENINGS = 5
 """How often a follower tries to open a store whose writer merges files away meanwhile."""
-_WRITING: set[Path] = set()
-"""The stores that this process has open for writing."""
 FILE_BYTES = 1 << 30
 """A staged file that is this large is ended, even where the keys rise: a file is what RocksDB later merges whole."""
 
@@ -90,7 +86,7 @@ class RocksStore:
             try:
                 self._db = self._open_database()
                 if access == "write":
-                    _WRITING.add(path.resolve())
+                    WRITING.add(path.resolve())
                 self._check_format()
                 self._identity = (path / "IDENTITY").read_text(encoding="utf-8").partition("-")[0]
                 self._sequence = self._written()
@@ -339,7 +335,7 @@ class RocksStore:
                 raise translate(error, f"cannot close the store at {self.path}") from error
             finally:
                 if self._access == "write":
-                    _WRITING.discard(self.path.resolve())
+                    WRITING.discard(self.path.resolve())
 
     def _opened(self) -> rocksdict.Rdict:
         if self._db is None:
@@ -475,22 +471,6 @@ class _Load:
         if self._staging is not None:
             self._staging.close()
         shutil.rmtree(self._folder)
-
-
-def is_locked(path: Path) -> bool:
-    """Say whether another process holds RocksDB's lock on folder ``path``."""
-    if path.resolve() in _WRITING:
-        return False  # and closing its lock file would give back the lock that this process has
-    try:
-        with (path / "LOCK").open("rb") as lock:
-            fcntl.lockf(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back when the file is closed
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            return True
-        raise translate(error, f"cannot look at the store at {path}") from error
-    return False
 
 
 def _winners(

@@ -378,7 +378,7 @@ def test_times_are_those_of_the_stopwatch() -> None:
     time.sleep(0.02)
     trace.stages.begin("second")
     trace.stages.end()
-    tracing.end(trace, "request", {"a": 1}, None)
+    tracing.end(trace, "request", {"a": 1}.copy, None)
     tracing.close(10)
     first, second, request = spans(exporter)
     assert (first.name, second.name, request.name) == ("first", "second", "request")
@@ -409,7 +409,7 @@ def test_spans_are_encoded_as_protobuf_does(seed: int) -> None:
         values: list[str | int] = [text(300), draw.getrandbits(40), 0]
         attributes = {text(50): draw.choice(values) for _ in range(draw.randint(0, 5))}
         failure = draw.choice([None, text(2_000)])
-        tracing.end(trace, text(200), attributes, failure)
+        tracing.end(trace, text(200), attributes.copy, failure)
         tracing.close(10)
         *stages, server = spans(exporter)
         times = [at for _, at in trace.stages.begun] + [trace.stages.ended_ns]

@@ -18,7 +18,8 @@ import rocksdict
 
 from featserve.errors import StoreError, StoreFull, StoreLocked
 from featserve.store import Writes, open_store
-from featserve.store.rocksdb import RocksStore, is_locked
+from featserve.store.database import is_locked
+from featserve.store.rocksdb import RocksStore
 from tests.disk import SmallDisk
 
 KEYS = [b"key %06d" % i for i in range(5_000)]
@@ -182,7 +183,7 @@ def test_one_writer(path: Path) -> None:
         from pathlib import Path
         from featserve.errors import StoreLocked
         from featserve.store import open_store
-        from featserve.store.rocksdb import is_locked
+        from featserve.store.database import is_locked
         path = Path({str(path)!r})
         assert is_locked(path)
         try:
