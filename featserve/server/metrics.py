@@ -184,11 +184,11 @@ class _Reader(PrometheusMetricReader):
                 "and those refused at once no time",
                 durations,
             ),
-            _metric("featserve.view.age", "How old served rows were, looked at in up to 10 answers a second", ages),
+            _metric("featserve.view.age", "How old served rows were, looked at in up to 4 answers a second", ages),
             _metric(
                 "featserve.event_loop.delay",
                 "How late the event loop came to a task, and how long pygrpc-native's thread has been at its turn, "
-                "looked at four times a second",
+                "looked at ten times a second",
                 [self._point(self._meter.loop_delay, SECOND, {})],
             ),
         ]

@@ -272,8 +272,7 @@ class NativeServer:
         traced = [turn for turn in asked if turn.trace is not None]
         answered = 0
         begun = [("decode", now_ns)]
-        whole: list[tuple[Share, int]] = []
-        """The shares whose rows were all there and held no null, and when each ended."""
+        whole: list[tuple[Share, int]] = []  # shares whose rows were all there and held no null, and when each ended
         taken_ns = [] if meter is None else [turn.taken_ns for turn in asked]
         for share in self._service.shares([turn.data for turn in asked]):
             stages = Stages(*begun) if traced else None
