@@ -34,7 +34,7 @@ class NotLoaded(RuntimeError):
 class Loaded:
     """What came of the ``seconds`` after the warm-up: ``taken_us`` has the latency of each request that ended in them.
 
-    It counts from ``sent_us``, since the first of all was sent. Of all, the warm-up's as well: ``started`` and
+    It counts from ``sent_us``, since the first of all was sent, at ``first_us`` since the Unix epoch. Of all, the warm-up's as well: ``started`` and
     ``ended``, how many did; ``message_bytes``, of all answers together. What has started may wait to be sent: h2load
     holds back what is more on a connection than the server takes.
     """
@@ -42,6 +42,7 @@ class Loaded:
     seconds: float
     taken_us: Array
     sent_us: Array
+    first_us: int
     started: int
     ended: int
     message_bytes: int
@@ -118,7 +119,9 @@ def run(
         # When each started and how long it took, in the order in which they ended.
         times_us = np.loadtxt(log, np.int64, usecols=(0, 2), ndmin=2) if log.stat().st_size else np.zeros((0, 2))
     counted = times_us.sum(axis=1) >= times_us[:1, 0] + warm_up_s * 1e6
-    sent_us = times_us[:, 0] - min(times_us[:, 0], default=0)
+    first_us = int(min(times_us[:, 0], default=0))
+    sent_us = times_us[:, 0] - first_us
+    ended = len(times_us)
     return Loaded(
-        seconds, times_us[counted, 1], sent_us[counted], int(started[1]), len(times_us), int(message_bytes[1])
+        seconds, times_us[counted, 1], sent_us[counted], first_us, int(started[1]), ended, int(message_bytes[1])
     )

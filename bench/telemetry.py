@@ -4,14 +4,15 @@ neither.
 The promise is of throughput: requests per second over eight connections, beside those of the server that tells nothing.
 What its processor time of a request is of the other's is told, too, which is the more where connections wait.
 
-Two processes of one program differ by a tenth, too, by how they happen to lie in memory. So the servers are in one
-process, this one, each with a port of its own, over one store; they have a core, and h2load, which loads them in
-turns, has another. Turns are short and many, as the speed of a shared machine changes within seconds; what is told is
-the median of the rounds, each a ratio of neighbours. A second server that tells nothing says how far that can be
-trusted, and so does the standard error. Traces go to a collector in another process that takes them and does nothing;
-the thread that sends them does so in batches, now and then, so its time is shared out to all requests of its server.
-Metrics are read every 15 seconds of load, as by a Prometheus that is told to. Then the same with no server, where the
-time that one request takes more can be told apart.
+Two processes of one program differ by a tenth, too, by how they happen to lie in memory, two servers in one process by a
+percent or two, and the speed of a shared machine changes from second to second. So it is one server of each transport, in
+this process, that tells now this and now that, for 50 ms each and in random order, while h2load goes on to load it. The
+server has a core, and h2load another. Requests count where they end, by h2load's log; what is told is the median of the
+rounds, each a ratio of neighbours. A second turn of telling nothing in each round says how far that can be trusted, and so
+does the standard error. Traces go to a collector in another process that takes them and does nothing; the thread that sends
+them does so in batches, now and then, so its time is shared out to all requests that it tells of. Metrics are read every
+15 seconds of load, as by a Prometheus that is told to. Then the same with no server, where the time that one request takes
+more can be told apart.
 
     python -m bench.telemetry    take spans, and do nothing with them; print the endpoint
 """
@@ -22,7 +23,6 @@ import asyncio
 import gc
 import math
 import random
-import statistics
 import threading
 import time
 import urllib.request
@@ -35,6 +35,7 @@ from threading import Thread
 from typing import Any
 
 import grpc
+import numpy as np
 import uvloop
 
 import featserve
@@ -48,12 +49,14 @@ from featserve.server.service import Call, Limits, Service
 from featserve.server.telemetry import Telemetry
 from featserve.server.tracing import Tracing
 from featserve.server.transport import Transport, transport
+from featserve.types import Array
 
 ENTITIES = 100_000
 TRANSPORTS = ("native", "grpcio")
 KEYS = (1, 100)
 TARGET = 0.97
-ROUNDS, SECONDS = 100, 0.2
+LOADS, LOAD_S, STARTING_S, TURN_S = 8, 10.0, 0.5, 0.05
+"""How often a server is loaded, for how long, how long that is left alone at first, and the length of a turn."""
 SCRAPED_EVERY_S = 15.0
 SENDER = "OtelBatchSpanRecordProcessor"
 """What OpenTelemetry calls the threads that send spans."""
@@ -63,25 +66,47 @@ TRACED = 2_000  # which the queue of spans holds
 EXPORT = "opentelemetry.proto.collector.trace.v1.TraceService"
 OFF, AGAIN, BOTH = "off", "off again", "both"
 
-Found = dict[str, list[float]]
-"""What each server took, or did, in each round."""
+Found = dict[str, Array]
+"""What was taken, or done, in each round, by what was told."""
+
+
+@dataclass(slots=True)
+class Kind:
+    """What a server may tell. ``senders``: the threads that send its spans. ``turns``: since metrics were read."""
+
+    telemetry: Telemetry
+    senders: list[Thread]
+    turns: int = 0
+
+    def sending_s(self) -> float:
+        """Return the processor time that sending has taken, when all is sent."""
+        if self.telemetry.tracing is not None:
+            self.telemetry.tracing.processor.force_flush()
+        return sum(cpu_s(thread) for thread in self.senders)
+
+    def scrape_if_due(self) -> None:
+        """Read the metrics, where there are some, in one of the turns that make ``SCRAPED_EVERY_S``."""
+        self.turns += 1
+        if self.telemetry.page is not None and self.turns * TURN_S >= SCRAPED_EVERY_S:
+            self.turns = 0
+            urllib.request.urlopen(f"http://{self.telemetry.page.address}/metrics", timeout=5).close()
 
 
 @dataclass(frozen=True, slots=True)
 class Listening:
-    """A server in this process, and what it tells. ``senders``: the threads that send its spans."""
+    """A server in this process. ``telling``: what it tells now, one of the ``kinds``."""
 
     address: str
-    telemetry: Telemetry
-    senders: list[Thread]
+    telling: Telemetry
+    kinds: dict[str, Kind]
 
-    def sending_s(self) -> float:
-        """Return the processor time that sending has taken."""
-        return sum(cpu_s(thread) for thread in self.senders)
+    def tell(self, telemetry: Telemetry) -> None:
+        """Tell this of calls that begin from now on."""
+        self.telling.tracing, self.telling.meter = telemetry.tracing, telemetry.meter
 
 
 def measure(folder: Path) -> list[Figure]:
-    """Load the servers with 1 and 100 keys a request; the figures are ratios to the server that tells nothing."""
+    """Load a server with 1 and 100 keys a request; the figures are ratios to it while it tells nothing."""
     figures = []
     folder = folder / "telemetry"
     if not (folder / ".featserve" / "store").is_dir():
@@ -90,26 +115,18 @@ def measure(folder: Path) -> list[Figure]:
     with featserve.open(folder, write=True) as opened, Server("collector", "bench.telemetry") as collector:
         endpoint = f"http://{collector.address}"
         for name in TRANSPORTS:
-            with servers.on(servers.shared_out()[0]), listening(opened, name, endpoint) as running:
+            with servers.on(servers.shared_out()[0]), listening(opened, name, endpoint) as server:
                 for keys in KEYS:
                     body = next(load.bodies(keys, ENTITIES, 1))
-                    figures += compare(f"{name}, {keys} {'key' if keys == 1 else 'keys'}", *in_turns(running, body))
+                    figures += compare(f"{name}, {keys} {'key' if keys == 1 else 'keys'}", *in_turns(server, body))
         for keys in KEYS:
             figures += with_no_server(opened, keys, endpoint)
     return figures
 
 
 @contextmanager
-def listening(opened: Embedded, name: str, endpoint: str) -> Iterator[dict[str, Listening]]:
-    """Serve on a transport, in threads of this process: a server for each kind of telemetry, all on one service."""
-    traces = TelemetryConfig(endpoint, sample_ratio=0.01)
-    kinds = {
-        OFF: TelemetryConfig(),
-        AGAIN: TelemetryConfig(),
-        "metrics": TelemetryConfig(prometheus_port=0),
-        "traces of 1 %": traces,
-        BOTH: replace(traces, prometheus_port=0),
-    }
+def listening(opened: Embedded, name: str, endpoint: str) -> Iterator[Listening]:
+    """Serve on a transport, in threads of this process."""
     settings = replace(opened.config.server, transport=name)
     service = Service(opened.engine, Limits(settings.max_rows, 0, settings.max_message_mb << 20), clock_us)
     loop = uvloop.new_event_loop()
@@ -129,44 +146,76 @@ def listening(opened: Embedded, name: str, endpoint: str) -> Iterator[dict[str, 
         stack.callback(loop.close)
         stack.callback(thread.join)
         stack.callback(loop.call_soon_threadsafe, loop.stop)
-        found = {}
-        for told, kind in kinds.items():
+        telling = Telemetry()
+        server, address = run(start(telling))
+        stack.callback(lambda: run(server.drain(1.0)))
+        kinds = {}
+        for told, config in settings_of(endpoint).items():
             before = threading.enumerate()
-            telemetry = Telemetry.open(replace(opened.config, telemetry=kind), opened.engine.store)
-            senders = [each for each in threading.enumerate() if each not in before and each.name == SENDER]
+            telemetry = Telemetry.open(replace(opened.config, telemetry=config), opened.engine.store)
             stack.callback(telemetry.close)
-            server, address = run(start(telemetry))
-            stack.callback(lambda drain: run(drain(1.0)), server.drain)
-            watching = asyncio.run_coroutine_threadsafe(telemetry.watch_loop(), loop)
-            stack.callback(watching.cancel)
-            found[told] = Listening(address, telemetry, senders)
-        yield found
+            telemetry.count(server)
+            stack.callback(asyncio.run_coroutine_threadsafe(telemetry.watch_loop(), loop).cancel)
+            senders = [each for each in threading.enumerate() if each not in before and each.name == SENDER]
+            kinds[told] = Kind(telemetry, senders)
+        yield Listening(address, telling, kinds)
 
 
-def in_turns(running: dict[str, Listening], body: bytes) -> tuple[Found, Found]:
-    """Load all in turns, in each round in another order; return processor time and requests/s of each, by round."""
-    cpu_us: Found = {name: [] for name in running}
-    rates: Found = {name: [] for name in running}
-    loaded_s, requests = dict.fromkeys(running, 0.0), dict.fromkeys(running, 0)
-    sent_s = {name: server.sending_s() for name, server in running.items()}
-    _, loading = servers.shared_out()
-    for turn in range(-1, ROUNDS):
-        for name, server in random.sample(list(running.items()), len(running)):
-            before_s = answering_s()
-            with servers.on(loading):
-                loaded = h2load.run(server.address, body, seconds=SECONDS)
-            loaded_s[name] += SECONDS
-            requests[name] += loaded.ended
-            if server.telemetry.page is not None and loaded_s[name] >= SCRAPED_EVERY_S:
-                loaded_s[name] = 0
-                urllib.request.urlopen(f"http://{server.telemetry.page.address}/metrics", timeout=5).close()
-            if turn >= 0:
-                cpu_us[name].append((answering_s() - before_s) / loaded.ended * 1e6)
-                rates[name].append(loaded.rate)
-    for name, server in running.items():
-        sending_us = (server.sending_s() - sent_s[name]) / requests[name] * 1e6
-        cpu_us[name] = [us + sending_us for us in cpu_us[name]]
-    return cpu_us, rates
+def settings_of(endpoint: str) -> dict[str, TelemetryConfig]:
+    """Return what a server is told to tell, by name; traces go to ``endpoint``."""
+    traces = TelemetryConfig(endpoint, sample_ratio=0.01)
+    return {
+        OFF: TelemetryConfig(),
+        AGAIN: TelemetryConfig(),
+        "metrics": TelemetryConfig(prometheus_port=0),
+        "traces of 1 %": traces,
+        BOTH: replace(traces, prometheus_port=0),
+    }
+
+
+def in_turns(server: Listening, body: bytes) -> tuple[Found, Found]:
+    """Load a server that tells each kind in turn, in each round in another order.
+
+    Returns microseconds of processor for a request, and requests/s, of each kind, by round.
+    """
+    kinds = list(server.kinds.values())
+    sent_s = [kind.sending_s() for kind in kinds]
+    with servers.on(servers.shared_out()[1]), ThreadPoolExecutor(1) as pool:
+        rounds = [load_once(server, kinds, body, pool) for _ in range(LOADS)]
+    requests, took_s, busy_s = (np.concatenate(each) for each in zip(*rounds, strict=True))
+    sending_s = np.array([kind.sending_s() for kind in kinds]) - sent_s
+    each_s = sending_s / requests.sum(axis=0)
+    cpu_us, rates = (busy_s / requests + each_s) * 1e6, 1 / (took_s / requests + each_s)
+    return dict(zip(server.kinds, cpu_us.T, strict=True)), dict(zip(server.kinds, rates.T, strict=True))
+
+
+def load_once(
+    server: Listening, kinds: Sequence[Kind], body: bytes, pool: ThreadPoolExecutor
+) -> tuple[Array, Array, Array]:
+    """Load a server while it takes turns at what it tells.
+
+    Returns requests that ended, seconds, and seconds of processor but for sending, each rounds x kinds.
+    """
+    ends_s = time.time() + LOAD_S
+    loading = pool.submit(h2load.run, server.address, body, seconds=LOAD_S)
+    time.sleep(STARTING_S)
+    order, at_s, cpu_s = [], [time.time()], [answering_s()]
+    while at_s[-1] + 2 * TURN_S * len(kinds) < ends_s:
+        for i in random.sample(range(len(kinds)), len(kinds)):
+            server.tell(kinds[i].telemetry)
+            kinds[i].scrape_if_due()
+            time.sleep(TURN_S)
+            order.append(i)
+            at_s.append(time.time())
+            cpu_s.append(answering_s())
+    server.tell(server.kinds[OFF].telemetry)
+    loaded = loading.result()
+    ended_us = loaded.first_us + loaded.sent_us + loaded.taken_us
+    requests, _ = np.histogram(ended_us, np.array(at_s) * 1e6)
+    by_kind = np.argsort(np.reshape(order, (-1, len(kinds))), axis=1)
+    in_order = (np.reshape(each, by_kind.shape) for each in (requests, np.diff(at_s), np.diff(cpu_s)))
+    requests, took_s, busy_s = (np.take_along_axis(each, by_kind, axis=1) for each in in_order)
+    return requests, took_s, busy_s
 
 
 def answering_s() -> float:
@@ -182,25 +231,23 @@ def cpu_s(thread: Thread) -> float:
 
 def compare(told: str, cpu_us: Found, rates: Found) -> list[Figure]:
     """Return what each did beside the mean of those that tell nothing, and what its processor time is to theirs."""
-    off_us, off_rates = (
-        [statistics.mean(pair) for pair in zip(found[OFF], found[AGAIN], strict=True)] for found in (cpu_us, rates)
-    )
-    note = f"{number(statistics.median(off_us))} us of processor each"
-    figures = [Figure(f"{told}: {OFF}", statistics.median(off_rates), "req/s", note=note)]
-    apart, error = median_of([a / b for a, b in zip(rates[OFF], rates[AGAIN], strict=True)])
+    off_us, off_rates = ((found[OFF] + found[AGAIN]) / 2 for found in (cpu_us, rates))
+    note = f"{number(float(np.median(off_us)))} us of processor each"
+    figures = [Figure(f"{told}: {OFF}", float(np.median(off_rates)), "req/s", note=note)]
+    apart, error = median_of(rates[OFF] / rates[AGAIN])
     figures.append(Figure("  one of two to the other", apart, "", note=f"standard error {error:.3f}"))
     for name in (name for name in cpu_us if name not in (OFF, AGAIN)):
-        rate, error = median_of([a / b for a, b in zip(rates[name], off_rates, strict=True)])
-        takes, takes_error = median_of([us / off for us, off in zip(cpu_us[name], off_us, strict=True)])
+        rate, error = median_of(rates[name] / off_rates)
+        takes, takes_error = median_of(cpu_us[name] / off_us)
         note = f"standard error {error:.3f}; processor time {takes:.3f}, {takes_error:.3f}"
         figures.append(Figure(f"  {name}", rate, "of off", None if name == BOTH else TARGET, note=note))
     return figures
 
 
-def median_of(values: Sequence[float]) -> tuple[float, float]:
+def median_of(values: Array) -> tuple[float, float]:
     """Return the median and its standard error, as that of values that are normally distributed but for some."""
-    median = statistics.median(values)
-    deviation = 1.4826 * statistics.median(abs(value - median) for value in values)
+    median = float(np.median(values))
+    deviation = 1.4826 * float(np.median(np.abs(values - median)))
     return median, math.sqrt(math.pi / 2 / len(values)) * deviation
 
 

@@ -85,7 +85,7 @@ def test_a_wait_in_the_client_counts_since_a_call_was_due() -> None:
     What was sent is what ended and what can be under way, of what was started.
     """
     sent_us = np.array([0, 900_000, 150_000, 190_000])
-    loaded = h2load.Loaded(1.0, np.full(4, 5), sent_us, started=10, ended=4, message_bytes=0)
+    loaded = h2load.Loaded(1.0, np.full(4, 5), sent_us, 0, started=10, ended=4, message_bytes=0)
     assert loaded.since_due_us(10.0).tolist() == pytest.approx([5, 600_005, 50_005, 5])
     assert [loaded.sent(at_once) for at_once in (3, 100)] == [7, 10]
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from threading import Lock
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -77,7 +78,8 @@ class Load(Protocol):
     shed: int
 
 
-class _Noted(NamedTuple):
+@dataclass(slots=True)
+class _Noted:
     """Requests of a service that are not counted yet: rows of those that shared a read, and nanoseconds of each.
 
     Numbers and nothing else, as what is kept is no longer in the processor's cache when it is counted; and lists, as to
@@ -144,10 +146,10 @@ class Meter:
 
     def add(self, method: str, code: str, begun_ns: int, ended_ns: int, record: Record) -> None:
         """Count a request that began and ended at these readings of a stopwatch, with the name of its status code."""
-        plan, matrix = record.plan, record.matrix
-        if plan is not None and record.rows is not None and matrix is None and code == "OK" and not self._of_workers:
+        plan = record.plan
+        if record.whole is not None and code == "OK" and plan is not None and not self._of_workers:
             noted = self._noted_of(method, plan)
-            noted.rows.append(record.rows)
+            noted.rows.append(record.whole)
             noted.took_ns.append(ended_ns - begun_ns)
             return
         with self._lock:
@@ -161,11 +163,11 @@ class Meter:
                 return
             durations, tally = self._counters(method, code, plan)
             durations.add(ended_ns - begun_ns)
-            if matrix is not None and tally is not None:
-                tally.add(matrix)
+            if record.matrix is not None and tally is not None:
+                tally.add(record.matrix)
                 if record.ages:
                     self.ages_due_ns = begun_ns + self._ages_every_ns
-                    self._add_ages(matrix, record.now_us)
+                    self._add_ages(record.matrix, record.now_us)
 
     def refuse(self, method: str, code: str) -> None:
         """Count a request that was refused before anything of it was done, and so in no time."""

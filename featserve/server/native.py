@@ -36,7 +36,7 @@ from featserve.server.grpcio import QUIET_S, GrpcioServer, cannot_listen, overlo
 from featserve.server.meter import MS, SECOND
 from featserve.server.service import READS, SERVICE_NAME, WRITES, Call, Service
 from featserve.server.status import DETAILS_KEY, encode_error, failed
-from featserve.server.telemetry import Telemetry
+from featserve.server.telemetry import Telemetry, trace_together
 from featserve.server.together import Share
 from featserve.stages import Stages
 from featserve.store.follow import Behind
@@ -82,7 +82,7 @@ class Begun:
     def __init__(self, turn: Turn, telemetry: Telemetry) -> None:
         self.turn = turn
         self.call = Call(turn.metadata, (turn.ends_ns - perf_counter_ns()) / SECOND)
-        self.watch = telemetry.watch_traced(METHODS[turn.method][0], self.call, turn.trace, turn.taken_ns)
+        self.watch = telemetry.watch(METHODS[turn.method][0], self.call, (turn.taken_ns, turn.trace))
         self.caught_up: Future[None] | None = None
         """What it has to wait for."""
 
@@ -295,7 +295,7 @@ class NativeServer:
                     meter.add_together("GetFeatures", share, matrix, ended_ns, taken_ns)
             if stages is not None:
                 waited = [(asked[number].taken_ns, asked[number].trace) for number in share.numbers]
-                self._telemetry.trace_together("GetFeatures", share, matrix, waited, stages)
+                trace_together("GetFeatures", share, matrix, waited, stages)
         if meter is not None and whole:
             meter.note_together("GetFeatures", whole, taken_ns)
         return answered

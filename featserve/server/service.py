@@ -43,15 +43,15 @@ class Record:
     """What one request came to, for who watches it: the service fills it in.
 
     ``stages``: where its time went; None where nobody asks. ``ages``: also look at how old the served values are.
-    ``rows``: how many were read by ``plan``; ``matrix``: those rows, None where all were there and held no null,
-    and their ages were not asked for. ``error``: one that was sent as an answer. What is never set costs nothing: it
+    ``whole``: how many rows were read by ``plan``, where all were there and held no null, and their ages were not asked
+    for; else ``matrix``: those rows. ``error``: one that was sent as an answer. What is never set costs nothing: it
     stays the class's own.
     """
 
     stages: Stages | None = None
     ages: bool = False
     plan: ReadPlan | None = None
-    rows: int | None = None
+    whole: int | None = None
     matrix: FeatureMatrix | None = None
     now_us: int = 0
     view: str = ""
@@ -171,8 +171,9 @@ class Service:
             stages=stages,
         )
         if record is not None:
-            record.rows = keys.count
-            if matrix.valid is not None or record.ages:
+            if matrix.valid is None and not record.ages:
+                record.whole = keys.count
+            else:
                 record.matrix, record.now_us = matrix, now_us
         if stages is not None:
             stages.begin("encode")

@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("featserve.server")
 
 CODES = {code.value[0]: code.name for code in grpc.StatusCode}
-OK, CANCELLED = 0, 1
-SERVER_FAULTS = {2, 4, 12, 13, 14, 15}
+OK, CANCELLED = CODES[0], CODES[1]
+SERVER_FAULTS = {CODES[number] for number in (2, 4, 12, 13, 14, 15)}
 """The codes that make a server's span an error, as OpenTelemetry's conventions for gRPC say."""
 OVER = 0.9
 """The part of a deadline after which who is cancelled is taken for one whose deadline passed: transports tell no more
@@ -91,57 +91,31 @@ class Telemetry:
         if self.meter is not None:
             self.meter.count(load)
 
-    def watch(self, method: str, call: Call) -> AbstractContextManager[object]:
+    def watch(self, method: str, call: Call, asking: Asking | None = None) -> AbstractContextManager[object]:
         """Return the context that a request is answered in, to be traced and counted. ``method``: its name.
 
-        Safe from several threads.
+        ``asking``: that of a call which has waited for its turn. Safe from several threads.
         """
-        return self.watch_traced(method, call, None if self.tracing is None else self.tracing.begin(call.metadata))
-
-    def watch_traced(
-        self, method: str, call: Call, trace: Trace | None, taken_ns: int | None = None
-    ) -> AbstractContextManager[object]:
-        """Return the context of a request of which it is decided whether it is traced; see ``watch``.
-
-        ``taken_ns``: since when it has waited for its turn, by ``perf_counter_ns``.
-        """
-        if trace is None and self.meter is None:
+        if asking is not None:
+            taken_ns, trace = asking
+        else:
+            trace = None if self.tracing is None else self.tracing.begin(call.metadata)
+        meter = self.meter
+        if trace is None and meter is None:
             return UNWATCHED
-        begun_ns, given_s = perf_counter_ns(), call.remaining_s
-        if taken_ns is not None:
-            if given_s is not None:
-                given_s += (begun_ns - taken_ns) / SECOND
-            begun_ns = taken_ns
-        call.record = watch = _Watch(self, trace, method, begun_ns, given_s)
+        call.record = watch = _Watch()
+        watch.telemetry, watch.method, watch.given_s = self, method, call.remaining_s
+        watch.begun_ns = begun_ns = perf_counter_ns()
+        if asking is not None:
+            if watch.given_s is not None:
+                watch.given_s += (begun_ns - taken_ns) / SECOND
+            watch.begun_ns = begun_ns = taken_ns
         if trace is not None:
-            watch.stages = trace.stages
-            trace.stages.begun.append(("receive" if taken_ns is None else "queue", begun_ns))
-        if self.meter is not None:
-            watch.ages = begun_ns >= self.meter.ages_due_ns
+            watch.trace, watch.stages = trace, trace.stages
+            trace.stages.begun.append(("receive" if asking is None else "queue", begun_ns))
+        if meter is not None and begun_ns >= meter.ages_due_ns:
+            watch.ages = True
         return watch
-
-    def trace_together(
-        self, method: str, share: Share, matrix: FeatureMatrix | None, asked: Sequence[Asking], stages: Stages
-    ) -> None:
-        """Trace those of a share, ``asked`` of this method, that are to be, as they have been answered.
-
-        ``matrix``: the features of all; None where each was for one row that was there and held no null. ``stages``:
-        where the time of all went.
-        """
-        assert self.tracing is not None
-        stages.end()
-        start = 0
-        for (taken_ns, trace), keys in zip(asked, share.keys, strict=True):
-            if trace is not None:
-                trace.stages.begun += [("queue", taken_ns), *stages.begun]
-                trace.stages.ended_ns = stages.ended_ns
-                counts = None
-                if matrix is not None and matrix.valid is not None:
-                    counts = Tally(share.asked.plan)
-                    counts.add(matrix.part(start, start + keys.count))
-                told = partial(_together, method, share.asked.plan, keys.count, counts, len(asked))
-                self.tracing.end(trace, f"{SERVICE_NAME}/{method}", told, None)
-            start += keys.count
 
     def refuse(self, method: str, code: int) -> None:
         """Count a request that is refused and not watched."""
@@ -181,16 +155,11 @@ class _Watch(Record):
     ``given_s``: how long it may take, if that is limited.
     """
 
-    def __init__(
-        self,
-        telemetry: Telemetry,
-        trace: Trace | None,
-        method: str,
-        begun_ns: int,
-        given_s: float | None,
-    ) -> None:
-        self._telemetry, self.trace, self._method = telemetry, trace, method
-        self._begun_ns, self._given_s = begun_ns, given_s
+    telemetry: Telemetry
+    method: str
+    begun_ns: int
+    given_s: float | None
+    trace: Trace | None = None
 
     def __enter__(self) -> None:
         pass
@@ -198,21 +167,26 @@ class _Watch(Record):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        telemetry, code = self._telemetry, OK
+        code = OK
         if error is not None or self.error is not None:
             if isinstance(error, Behind):  # not the end: it is run again
                 return
             code = self._failed(error)
-        if telemetry.meter is not None:
-            telemetry.meter.add(self._method, CODES[code], self._begun_ns, perf_counter_ns(), self)
-        if self.trace is not None and telemetry.tracing is not None:
-            self.trace.stages.end()
-            attributes = _called(self._method, code) | _attributes(self)
-            failure = cut(str(self.error or ""), MESSAGE_BYTES) if code in SERVER_FAULTS else None
-            telemetry.tracing.end(self.trace, f"{SERVICE_NAME}/{self._method}", lambda: attributes, failure)
+        meter = self.telemetry.meter
+        if meter is not None:
+            meter.add(self.method, code, self.begun_ns, perf_counter_ns(), self)
+        if self.trace is not None:
+            self._end(self.trace, code)
 
-    def _failed(self, error: BaseException | None) -> int:
-        """Note what a request failed with; return its status code."""
+    def _end(self, trace: Trace, code: str) -> None:
+        """Export the spans of a request that has ended."""
+        trace.stages.end()
+        attributes = _called(self.method, code) | _attributes(self)
+        failure = cut(str(self.error or ""), MESSAGE_BYTES) if code in SERVER_FAULTS else None
+        trace.end(f"{SERVICE_NAME}/{self.method}", lambda: attributes, failure)
+
+    def _failed(self, error: BaseException | None) -> str:
+        """Note what a request failed with; return the name of its status code."""
         if isinstance(error, CancelledError):
             if not self._is_over():
                 return CANCELLED
@@ -222,11 +196,34 @@ class _Watch(Record):
         elif error is not None:
             self.error = ServingError(f"internal error: {error.__class__.__name__}")
         assert self.error is not None
-        return code_of(self.error)
+        return CODES[code_of(self.error)]
 
     def _is_over(self) -> bool:
         """Say whether what was cancelled by now is out of time."""
-        return self._given_s is not None and perf_counter_ns() - self._begun_ns >= OVER * self._given_s * SECOND
+        return self.given_s is not None and perf_counter_ns() - self.begun_ns >= OVER * self.given_s * SECOND
+
+
+def trace_together(
+    method: str, share: Share, matrix: FeatureMatrix | None, asked: Sequence[Asking], stages: Stages
+) -> None:
+    """Trace those of a share, ``asked`` of this method, that are to be, as they have been answered.
+
+    ``matrix``: the features of all; None where each was for one row that was there and held no null. ``stages``:
+    where the time of all went.
+    """
+    stages.end()
+    start = 0
+    for (taken_ns, trace), keys in zip(asked, share.keys, strict=True):
+        if trace is not None:
+            trace.stages.begun += [("queue", taken_ns), *stages.begun]
+            trace.stages.ended_ns = stages.ended_ns
+            counts = None
+            if matrix is not None and matrix.valid is not None:
+                counts = Tally(share.asked.plan)
+                counts.add(matrix.part(start, start + keys.count))
+            told = partial(_together, method, share.asked.plan, keys.count, counts, len(asked))
+            trace.end(f"{SERVICE_NAME}/{method}", told, None)
+        start += keys.count
 
 
 def _attributes(record: Record) -> Attributes:
@@ -236,12 +233,12 @@ def _attributes(record: Record) -> Attributes:
         attributes["error.type"] = record.error.reason
     if record.plan is not None:
         counts = Tally(record.plan)
-        if record.rows is None:
-            return attributes | _service(counts)
-        if record.matrix is None:
-            counts.rows = record.rows
-        else:
+        if record.whole is not None:
+            counts.rows = record.whole
+        elif record.matrix is not None:
             counts.add(record.matrix)
+        else:
+            return attributes | _service(counts)
         return attributes | _answered(counts)
     if record.written is not None:
         attributes |= {"featserve.view": record.view, "featserve.rows": record.written.rows}
@@ -272,7 +269,7 @@ def _together(method: str, plan: ReadPlan, rows: int, counts: Tally | None, requ
     return _called(method, OK) | _answered(counts) | {"featserve.together": requests}
 
 
-def _called(method: str, code: int) -> Attributes:
+def _called(method: str, code: str) -> Attributes:
     """Return what OpenTelemetry's conventions for gRPC call a request and its end."""
     name = f"{SERVICE_NAME}/{method}"
-    return {"rpc.system.name": "grpc", "rpc.method": name, "rpc.response.status_code": CODES[code]}
+    return {"rpc.system.name": "grpc", "rpc.method": name, "rpc.response.status_code": code}

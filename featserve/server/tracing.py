@@ -78,6 +78,7 @@ Told = Callable[[], Mapping[str, str | int]]
 class Trace(NamedTuple):
     """A request that is recorded: its span, and its stages. ``parent_id`` is empty where no caller traces."""
 
+    tracing: Tracing
     trace_id: bytes
     span_id: bytes
     parent_id: bytes
@@ -85,22 +86,30 @@ class Trace(NamedTuple):
     state: str
     stages: Stages
 
+    def end(self, name: str, told: Told, failure: str | None) -> None:
+        """Export the spans of the request, which has ended: the server's, called ``name``, and one below it for each
+        stage.
+
+        ``told``: returns what the former says. ``failure``: what went wrong, where that is the server's fault.
+        """
+        self.tracing.processor.on_end(Ended(self, name, told, failure))
+
 
 class Ended(ReadableSpan):
     """A request that has ended, as the SDK's queue takes it.
 
-    ``epoch_ns``: what makes a reading of the stopwatch a time of day. ``told`` and ``failure``: as in ``Tracing.end``.
+    ``epoch_ns``: what makes a reading of the stopwatch a time of day. ``told`` and ``failure``: as in ``Trace.end``.
     """
 
-    def __init__(self, resource: Resource, trace: Trace, name: str, told: Told, failure: str | None) -> None:
-        super().__init__(name, RECORDED, resource=resource)
+    def __init__(self, trace: Trace, name: str, told: Told, failure: str | None) -> None:
+        super().__init__(name, RECORDED, resource=trace.tracing.resource)
         self._trace, self._told, self._failure = trace, told, failure
         self._begun = [*trace.stages.begun, ("", trace.stages.ended_ns)]  # a write whose caller is gone may still go on
         self._epoch_ns = time.time_ns() - time.perf_counter_ns()
 
     def spans(self) -> bytes:
         """Return its spans as they are sent: the server's, and one below it for each stage."""
-        trace_id, span_id, parent_id, _, state, _ = self._trace
+        _, trace_id, span_id, parent_id, _, state, _ = self._trace
         begun, epoch_ns = self._begun, self._epoch_ns
         ids = randbytes(8 * len(begun))
         within, kind = TRACE_ID + trace_id + PARENT_ID + span_id, Span.SPAN_KIND_INTERNAL
@@ -166,9 +175,9 @@ class Tracing:
         """
         self._ratio = config.sample_ratio
         self._chance = (chance or Random()).random
-        self._resource = Resource.create(resource or {"service.name": config.service_name})
-        self._exporter = exporter or Exporter(config.otlp_endpoint, self._resource)
-        self._processor = BatchSpanProcessor(self._exporter)
+        self.resource = Resource.create(resource or {"service.name": config.service_name})
+        self._exporter = exporter or Exporter(config.otlp_endpoint, self.resource)
+        self.processor = BatchSpanProcessor(self._exporter)
 
     def begin(self, metadata: Metadata) -> Trace | None:
         """Return a trace for a request that is to be recorded, else None."""
@@ -176,10 +185,17 @@ class Tracing:
             value = next(value for name, value in metadata if name == TRACEPARENT)
             found = FORMAT.fullmatch(value) if isinstance(value, str) else None
             if found is not None:
-                return _below(found, metadata) if int(found[3], 16) & SAMPLED else None
+                return self._below(found, metadata) if int(found[3], 16) & SAMPLED else None
         if self._chance() < self._ratio:
-            return Trace(randbytes(16), randbytes(8), b"", SAMPLED, "", Stages())
+            return Trace(self, randbytes(16), randbytes(8), b"", SAMPLED, "", Stages())
         return None
+
+    def _below(self, found: re.Match[str], metadata: Metadata) -> Trace:
+        """Return a request's trace below the caller's span."""
+        trace_id, parent_id, flags = bytes.fromhex(found[1]), bytes.fromhex(found[2]), int(found[3], 16)
+        states = [value for key, value in metadata if key == "tracestate" and isinstance(value, str)]
+        state = TraceState.from_header(states).to_header() if states else ""
+        return Trace(self, trace_id, randbytes(8), parent_id, flags, state, Stages())
 
     @staticmethod
     def passed_on(metadata: Metadata, trace: Trace | None) -> Metadata:
@@ -190,27 +206,13 @@ class Tracing:
             return [(TRACEPARENT, NOT_RECORDED), *rest]
         return [(TRACEPARENT, f"00-{trace.trace_id.hex()}-{trace.span_id.hex()}-{trace.flags:02x}"), *rest]
 
-    def end(self, trace: Trace, name: str, told: Told, failure: str | None) -> None:
-        """Export the spans of a request that has ended: the server's, called ``name``, and one below it for each stage.
-
-        ``told``: returns what the former says. ``failure``: what went wrong, where that is the server's fault.
-        """
-        self._processor.on_end(Ended(self._resource, trace, name, told, failure))
-
     def close(self, seconds: float) -> None:
         """Send what is left, and give up after ``seconds``."""
-        flusher = Thread(target=self._processor.shutdown, name="featserve-traces", daemon=True)
+        flusher = Thread(target=self.processor.shutdown, name="featserve-traces", daemon=True)
         flusher.start()
         flusher.join(seconds)
         if flusher.is_alive():  # the collector does not answer: end the call that waits for it
             self._exporter.shutdown()
-
-
-def _below(found: re.Match[str], metadata: Metadata) -> Trace:
-    """Return a request's trace below the caller's span."""
-    states = [value for key, value in metadata if key == "tracestate" and isinstance(value, str)]
-    state = TraceState.from_header(states).to_header() if states else ""
-    return Trace(bytes.fromhex(found[1]), randbytes(8), bytes.fromhex(found[2]), int(found[3], 16), state, Stages())
 
 
 @lru_cache(MOST_HEADS)

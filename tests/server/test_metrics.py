@@ -392,7 +392,7 @@ def test_requests_that_share_a_read_are_counted_as_if_alone(
         shared.add_together("GetFeatures", share, matrix, 5, [5 - time_ns for time_ns in times_ns])
         for row, time_ns in enumerate(times_ns):
             record = Record()
-            record.plan, record.rows, record.matrix, record.now_us = plan, 1, matrix.part(row, row + 1), 10**12
+            record.plan, record.matrix, record.now_us = plan, matrix.part(row, row + 1), 10**12
             record.ages = matrix.event_times is not None
             alone.add("GetFeatures", "OK", 5, 5 + time_ns, record)
     key = ("GetFeatures", plan.schema.hash, "OK")
@@ -425,7 +425,7 @@ def test_what_is_noted_is_counted_when_it_is_looked_at(
             ended.append((share, ended_ns := 10**9 + int(rng.integers(10**9))))
             for number in numbers:
                 record = Record()
-                record.plan, record.rows = plan, 3
+                record.plan, record.whole = plan, 3
                 alone.add("GetFeatures", "OK", begun_ns[number], ended_ns, record)
         shared.note_together("GetFeatures", ended, begun_ns)
         if rng.random() < 0.05:
@@ -446,7 +446,6 @@ def test_ages_are_those_of_the_rows_that_were_served(plans: dict[str, ReadPlan],
         assert matrix.event_times is not None
         record = Record()
         record.ages, record.plan, record.matrix, record.now_us = True, plan, matrix, now
-        record.rows = len(matrix)
         meter.add("GetFeatures", "OK", 1, 2, record)
         for i, view in enumerate(plan.schema.views):
             for row in range(len(matrix)):
@@ -463,7 +462,6 @@ def test_ages_are_looked_at_so_often_and_no_more(plans: dict[str, ReadPlan], rng
         for matrix in (None, random_matrix(plan, rng, plain=True)):
             record = Record()
             record.ages, record.plan, record.matrix = at_ns >= meter.ages_due_ns, plan, matrix
-            record.rows = None if matrix is None else len(matrix)
             wanted += record.ages and matrix is not None
             meter.add("GetFeatures", "OK", at_ns, at_ns + 1, record)
     assert wanted == 10

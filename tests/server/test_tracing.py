@@ -21,7 +21,7 @@ from featserve._proto import serving_pb2 as pb
 from featserve.config import TelemetryConfig
 from featserve.errors import ServingError
 from featserve.server.service import Call, Limits, Service
-from featserve.server.telemetry import UNWATCHED, Telemetry
+from featserve.server.telemetry import UNWATCHED, Telemetry, trace_together
 from featserve.server.tracing import LOCAL, REMOTE, Ended, Trace, Tracing
 from featserve.stages import Stages
 from tests.server.collector import Collector
@@ -343,7 +343,7 @@ def test_who_is_answered_with_others_is_traced_as_if_alone(tmp_path: Path, rng: 
             (share,) = service.shares(bodies)
             stages = Stages(("decode", 2_000))
             matrix, _ = service.get_features_together(share, stages)
-            telemetry.trace_together("GetFeatures", share, matrix, calls, stages)
+            trace_together("GetFeatures", share, matrix, calls, stages)
             known += matrix is None
             for (taken_ns, trace), body in zip(calls, bodies, strict=True):
                 if trace is not None:
@@ -352,7 +352,7 @@ def test_who_is_answered_with_others_is_traced_as_if_alone(tmp_path: Path, rng: 
                     alone = draw()
                     assert alone is not None
                     pairs.append((trace, alone, len(bodies)))
-                    with telemetry.watch_traced("GetFeatures", call := Call(), alone, time.perf_counter_ns()):
+                    with telemetry.watch("GetFeatures", call := Call(), (time.perf_counter_ns(), alone)):
                         service.get_features(body, call)
     tracing.close(10)
     assert 0 < known < 100
@@ -378,7 +378,7 @@ def test_times_are_those_of_the_stopwatch() -> None:
     time.sleep(0.02)
     trace.stages.begin("second")
     trace.stages.end()
-    tracing.end(trace, "request", {"a": 1}.copy, None)
+    trace.end("request", {"a": 1}.copy, None)
     tracing.close(10)
     first, second, request = spans(exporter)
     assert (first.name, second.name, request.name) == ("first", "second", "request")
@@ -409,7 +409,7 @@ def test_spans_are_encoded_as_protobuf_does(seed: int) -> None:
         values: list[str | int] = [text(300), draw.getrandbits(40), 0]
         attributes = {text(50): draw.choice(values) for _ in range(draw.randint(0, 5))}
         failure = draw.choice([None, text(2_000)])
-        tracing.end(trace, text(200), attributes.copy, failure)
+        trace.end(text(200), attributes.copy, failure)
         tracing.close(10)
         *stages, server = spans(exporter)
         times = [at for _, at in trace.stages.begun] + [trace.stages.ended_ns]
