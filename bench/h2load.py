@@ -34,9 +34,9 @@ class NotLoaded(RuntimeError):
 class Loaded:
     """What came of the ``seconds`` after the warm-up: ``taken_us`` has the latency of each request that ended in them.
 
-    It counts from ``sent_us``, since the first of all was sent, at ``first_us`` since the Unix epoch. Of all, the warm-up's as well: ``started`` and
-    ``ended``, how many did; ``message_bytes``, of all answers together. What has started may wait to be sent: h2load
-    holds back what is more on a connection than the server takes.
+    It counts from ``sent_us``, since the first of all was sent, at ``first_us`` since the Unix epoch. Of all, the warm-
+    up's as well: ``started`` and ``ended``, how many did; ``message_bytes``, of all answers together. What has started
+    may wait to be sent: h2load holds back what is more on a connection than the server takes.
     """
 
     seconds: float

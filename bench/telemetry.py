@@ -4,15 +4,15 @@ neither.
 The promise is of throughput: requests per second over eight connections, beside those of the server that tells nothing.
 What its processor time of a request is of the other's is told, too, which is the more where connections wait.
 
-Two processes of one program differ by a tenth, too, by how they happen to lie in memory, two servers in one process by a
-percent or two, and the speed of a shared machine changes from second to second. So it is one server of each transport, in
-this process, that tells now this and now that, for 50 ms each and in random order, while h2load goes on to load it. The
-server has a core, and h2load another. Requests count where they end, by h2load's log; what is told is the median of the
-rounds, each a ratio of neighbours. A second turn of telling nothing in each round says how far that can be trusted, and so
-does the standard error. Traces go to a collector in another process that takes them and does nothing; the thread that sends
-them does so in batches, now and then, so its time is shared out to all requests that it tells of. Metrics are read every
-15 seconds of load, as by a Prometheus that is told to. Then the same with no server, where the time that one request takes
-more can be told apart.
+Two processes of one program differ by a tenth, too, by how they happen to lie in memory, two servers in one process by
+a percent or two, and the speed of a shared machine changes from second to second. So it is one server of each
+transport, in this process, that tells now this and now that, for 50 ms each and in random order, while h2load goes on
+to load it. The server has a core, and h2load another. Requests count where they end, by h2load's log; what is told is
+the median of the rounds, each a ratio of neighbours. A second turn of telling nothing in each round says how far that
+can be trusted, and so does the standard error. Traces go to a collector in another process that takes them and does
+nothing; the thread that sends them does so in batches, now and then, so its time is shared out to all requests that it
+tells of. Metrics are read every 15 seconds of load, as by a Prometheus that is told to. Then the same with no server,
+where the time that one request takes more can be told apart.
 
     python -m bench.telemetry    take spans, and do nothing with them; print the endpoint
 """
@@ -77,12 +77,15 @@ class Kind:
     telemetry: Telemetry
     senders: list[Thread]
     turns: int = 0
+    flushing_s: float = 0.0
 
     def sending_s(self) -> float:
         """Return the processor time that sending has taken, when all is sent."""
         if self.telemetry.tracing is not None:
-            self.telemetry.tracing.processor.force_flush()
-        return sum(cpu_s(thread) for thread in self.senders)
+            before_s = time.thread_time()
+            self.telemetry.tracing.flush()
+            self.flushing_s += time.thread_time() - before_s
+        return sum(cpu_s(thread) for thread in self.senders) + self.flushing_s
 
     def scrape_if_due(self) -> None:
         """Read the metrics, where there are some, in one of the turns that make ``SCRAPED_EVERY_S``."""

@@ -12,9 +12,8 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
-from operator import itemgetter
 from random import Random, randbytes
 from struct import Struct
 from threading import Thread
@@ -34,13 +33,13 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
-from opentelemetry.trace import INVALID_SPAN_CONTEXT, SpanContext, TraceFlags, TraceState
+from opentelemetry.trace import INVALID_SPAN_CONTEXT, TraceState
 
 from featserve.config import TelemetryConfig
 from featserve.stages import Stages
 from featserve.turns import give_way
 
-TRACEPARENT, NAME = "traceparent", itemgetter(0)
+TRACEPARENT = "traceparent"
 # Version, trace, parent and flags; later versions may say more behind them, and ids of zeros are none.
 FORMAT = re.compile(
     r"(?:00(?=.{53}\Z)|(?!00|ff)[0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?"
@@ -51,8 +50,6 @@ NOT_RECORDED = f"00-{1:032x}-{1:016x}-00"
 
 SCOPE = InstrumentationScope("featserve")
 EXPORT = "/opentelemetry.proto.collector.trace.v1.TraceService/Export"
-RECORDED = SpanContext(1, 1, False, TraceFlags(SAMPLED))
-"""Tells the SDK's queue to take a request."""
 LOCAL = SpanFlags.SPAN_FLAGS_CONTEXT_HAS_IS_REMOTE_MASK
 REMOTE = LOCAL | SpanFlags.SPAN_FLAGS_CONTEXT_IS_REMOTE_MASK
 """Of a span: that its parent is known to be of this process, or of another."""
@@ -75,16 +72,40 @@ Told = Callable[[], Mapping[str, str | int]]
 """Returns the attributes of a span; called by who sends it: code that one in a hundred requests runs is in no cache."""
 
 
-class Trace(NamedTuple):
-    """A request that is recorded: its span, and its stages. ``parent_id`` is empty where no caller traces."""
+class Ids(NamedTuple):
+    """What a span is known by, and the W3C trace state. ``parent_id`` is empty where no caller traces."""
 
-    tracing: Tracing
     trace_id: bytes
     span_id: bytes
     parent_id: bytes
     flags: int
     state: str
-    stages: Stages
+
+
+class Trace:
+    """A request that is recorded, and, when it has ended, as the SDK's queue takes it.
+
+    Nothing is made of it before it is sent: code that one in a hundred requests runs is in no cache, and takes several
+    times as long in the thread that answers as in a batch.
+    """
+
+    context = SimpleNamespace(trace_flags=SimpleNamespace(sampled=True))
+    """Tells the SDK's queue to take it."""
+
+    def __init__(self, tracing: Tracing, caller: re.Match[str] | None = None, metadata: Metadata = ()) -> None:
+        """``caller``: the ``traceparent`` of a caller that traces, among the ``metadata``."""
+        self.tracing, self.stages = tracing, Stages()
+        self._caller, self._metadata = caller, metadata
+
+    @cached_property
+    def ids(self) -> Ids:
+        """The ids of its span, below the caller's where that traces."""
+        if self._caller is None:
+            return Ids(randbytes(16), randbytes(8), b"", SAMPLED, "")
+        trace_id, parent_id, flags = self._caller.groups()
+        states = [value for key, value in self._metadata if key == "tracestate" and isinstance(value, str)]
+        state = TraceState.from_header(states).to_header() if states else ""
+        return Ids(bytes.fromhex(trace_id), randbytes(8), bytes.fromhex(parent_id), int(flags, 16), state)
 
     def end(self, name: str, told: Told, failure: str | None) -> None:
         """Export the spans of the request, which has ended: the server's, called ``name``, and one below it for each
@@ -92,25 +113,14 @@ class Trace(NamedTuple):
 
         ``told``: returns what the former says. ``failure``: what went wrong, where that is the server's fault.
         """
-        self.tracing.processor.on_end(Ended(self, name, told, failure))
-
-
-class Ended(ReadableSpan):
-    """A request that has ended, as the SDK's queue takes it.
-
-    ``epoch_ns``: what makes a reading of the stopwatch a time of day. ``told`` and ``failure``: as in ``Trace.end``.
-    """
-
-    def __init__(self, trace: Trace, name: str, told: Told, failure: str | None) -> None:
-        super().__init__(name, RECORDED, resource=trace.tracing.resource)
-        self._trace, self._told, self._failure = trace, told, failure
-        self._begun = [*trace.stages.begun, ("", trace.stages.ended_ns)]  # a write whose caller is gone may still go on
-        self._epoch_ns = time.time_ns() - time.perf_counter_ns()
+        self._name, self._told, self._failure = name, told, failure
+        self._begun = [*self.stages.begun, ("", self.stages.ended_ns)]  # a write whose caller is gone may still go on
+        self.tracing.export(self)
 
     def spans(self) -> bytes:
         """Return its spans as they are sent: the server's, and one below it for each stage."""
-        _, trace_id, span_id, parent_id, _, state, _ = self._trace
-        begun, epoch_ns = self._begun, self._epoch_ns
+        trace_id, span_id, parent_id, _, state = self.ids
+        begun, epoch_ns = self._begun, time.time_ns() - time.perf_counter_ns()
         ids = randbytes(8 * len(begun))
         within, kind = TRACE_ID + trace_id + PARENT_ID + span_id, Span.SPAN_KIND_INTERNAL
         size = len(within) + OWN.size
@@ -122,7 +132,7 @@ class Ended(ReadableSpan):
         size, kind, flags = len(within) + OWN.size, Span.SPAN_KIND_SERVER, REMOTE if parent_id else LOCAL
         own = OWN.pack(SPAN_ID, span_id, START, begun[0][1] + epoch_ns, END, begun[-1][1] + epoch_ns)
         said = tuple(self._told().items())
-        spans += (_head(size, self.name, kind, flags, state, said, self._failure), within, own)
+        spans += (_head(size, self._name, kind, flags, state, said, self._failure), within, own)
         return b"".join(spans)
 
 
@@ -147,12 +157,11 @@ class Exporter(OTLPSpanExporter):
         export = channel.unary_unary(EXPORT, response_deserializer=ExportTraceServiceResponse.FromString)
         self._client: Any = SimpleNamespace(Export=export)
 
-    def _translate_data(self, data: Sequence[ReadableSpan]) -> Any:
+    def _translate_data(self, data: Sequence[Any]) -> Any:
         # Encoded messages, one after the other, are one message with the fields of all.
         spans = [self._scope]
-        for ended in data:
-            assert isinstance(ended, Ended)
-            spans.append(ended.spans())
+        for trace in data:
+            spans.append(trace.spans())
             give_way()  # to who answers, under the same lock
         of_resource = self._of_resource + _field(ResourceSpans.SCOPE_SPANS_FIELD_NUMBER, b"".join(spans))
         return _field(ExportTraceServiceRequest.RESOURCE_SPANS_FIELD_NUMBER, of_resource)
@@ -175,40 +184,41 @@ class Tracing:
         """
         self._ratio = config.sample_ratio
         self._chance = (chance or Random()).random
-        self.resource = Resource.create(resource or {"service.name": config.service_name})
-        self._exporter = exporter or Exporter(config.otlp_endpoint, self.resource)
-        self.processor = BatchSpanProcessor(self._exporter)
+        own = Resource.create(resource or {"service.name": config.service_name})
+        self._exporter = exporter or Exporter(config.otlp_endpoint, own)
+        self._processor = BatchSpanProcessor(self._exporter)
 
     def begin(self, metadata: Metadata) -> Trace | None:
         """Return a trace for a request that is to be recorded, else None."""
-        if TRACEPARENT in map(NAME, metadata):
-            value = next(value for name, value in metadata if name == TRACEPARENT)
-            found = FORMAT.fullmatch(value) if isinstance(value, str) else None
-            if found is not None:
-                return self._below(found, metadata) if int(found[3], 16) & SAMPLED else None
-        if self._chance() < self._ratio:
-            return Trace(self, randbytes(16), randbytes(8), b"", SAMPLED, "", Stages())
-        return None
+        for name, value in metadata:
+            if name == TRACEPARENT:
+                caller = FORMAT.fullmatch(value) if isinstance(value, str) else None
+                if caller is not None:
+                    return Trace(self, caller, metadata) if int(caller[3], 16) & SAMPLED else None
+                break
+        return Trace(self) if self._chance() < self._ratio else None
 
-    def _below(self, found: re.Match[str], metadata: Metadata) -> Trace:
-        """Return a request's trace below the caller's span."""
-        trace_id, parent_id, flags = bytes.fromhex(found[1]), bytes.fromhex(found[2]), int(found[3], 16)
-        states = [value for key, value in metadata if key == "tracestate" and isinstance(value, str)]
-        state = TraceState.from_header(states).to_header() if states else ""
-        return Trace(self, trace_id, randbytes(8), parent_id, flags, state, Stages())
+    def export(self, trace: Any) -> None:
+        """Queue a request that has ended, to be sent."""
+        self._processor.on_end(trace)
+
+    def flush(self) -> None:
+        """Send what is queued now, in this thread."""
+        self._processor.force_flush()
 
     @staticmethod
     def passed_on(metadata: Metadata, trace: Trace | None) -> Metadata:
         """Return the metadata of a request for who goes on with it: as below its span, or as not recorded."""
-        state = () if trace is None or not trace.parent_id else ("tracestate",)
+        ids = None if trace is None else trace.ids
+        state = () if ids is None or not ids.parent_id else ("tracestate",)
         rest = [(key, value) for key, value in metadata if key not in (TRACEPARENT, "tracestate") or key in state]
-        if trace is None:
+        if ids is None:
             return [(TRACEPARENT, NOT_RECORDED), *rest]
-        return [(TRACEPARENT, f"00-{trace.trace_id.hex()}-{trace.span_id.hex()}-{trace.flags:02x}"), *rest]
+        return [(TRACEPARENT, f"00-{ids.trace_id.hex()}-{ids.span_id.hex()}-{ids.flags:02x}"), *rest]
 
     def close(self, seconds: float) -> None:
         """Send what is left, and give up after ``seconds``."""
-        flusher = Thread(target=self.processor.shutdown, name="featserve-traces", daemon=True)
+        flusher = Thread(target=self._processor.shutdown, name="featserve-traces", daemon=True)
         flusher.start()
         flusher.join(seconds)
         if flusher.is_alive():  # the collector does not answer: end the call that waits for it

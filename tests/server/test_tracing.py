@@ -22,7 +22,7 @@ from featserve.config import TelemetryConfig
 from featserve.errors import ServingError
 from featserve.server.service import Call, Limits, Service
 from featserve.server.telemetry import UNWATCHED, Telemetry, trace_together
-from featserve.server.tracing import LOCAL, REMOTE, Ended, Trace, Tracing
+from featserve.server.tracing import LOCAL, REMOTE, Trace, Tracing
 from featserve.stages import Stages
 from tests.server.collector import Collector
 from tests.server.messages import HOUR_US, activity, now_us, nulls, numbers, packed, ranking, weather, wide
@@ -358,11 +358,11 @@ def test_who_is_answered_with_others_is_traced_as_if_alone(tmp_path: Path, rng: 
     assert 0 < known < 100
     ended = {each[-1].trace_id: each for each in map(spans_of, exporter.get_finished_spans())}
     for trace, alone, count in pairs:
-        told, expected = (list(ended[each.trace_id][-1].attributes) for each in (trace, alone))
+        told, expected = (list(ended[each.ids.trace_id][-1].attributes) for each in (trace, alone))
         together = told.pop()
         assert (together.key, together.value.int_value, told) == ("featserve.together", count, expected)
-        names = [span.name for span in ended[trace.trace_id]]
-        missing = {span.name for span in ended[alone.trace_id]} - set(names)
+        names = [span.name for span in ended[trace.ids.trace_id]]
+        missing = {span.name for span in ended[alone.ids.trace_id]} - set(names)
         assert missing <= {"plan"} if "encode" in names else names[-2] == "known answers"
     assert len(pairs) > 50
 
@@ -420,14 +420,15 @@ def test_spans_are_encoded_as_protobuf_does(seed: int) -> None:
         assert len({s.span_id for s in (*stages, server)}) == len(names) + 1
         for span in stages:
             expected = Span(
-                trace_id=trace.trace_id, span_id=span.span_id, parent_span_id=trace.span_id, trace_state=trace.state,
+                trace_id=trace.ids.trace_id, span_id=span.span_id, parent_span_id=trace.ids.span_id,
+                trace_state=trace.ids.state,
                 flags=LOCAL, name=span.name, kind=Span.SPAN_KIND_INTERNAL,
                 start_time_unix_nano=span.start_time_unix_nano, end_time_unix_nano=span.end_time_unix_nano,
             )  # fmt: skip
             assert span == expected
-        assert (server.trace_id, server.span_id, server.parent_span_id) == trace[:3]
-        assert (server.flags, server.kind) == (REMOTE if trace.parent_id else LOCAL, Span.SPAN_KIND_SERVER)
-        assert (server.trace_state, server.end_time_unix_nano) == (trace.state, times[-1] + first_ns)
+        assert (server.trace_id, server.span_id, server.parent_span_id) == trace.ids[:3]
+        assert (server.flags, server.kind) == (REMOTE if trace.ids.parent_id else LOCAL, Span.SPAN_KIND_SERVER)
+        assert (server.trace_state, server.end_time_unix_nano) == (trace.ids.state, times[-1] + first_ns)
         told = {pair.key: getattr(pair.value, str(pair.value.WhichOneof("value"))) for pair in server.attributes}
         assert told == attributes
         assert (server.status.code, server.status.message) == ((0, "") if failure is None else (2, failure))
@@ -451,5 +452,5 @@ def spans(exporter: InMemorySpanExporter) -> list[Span]:
 
 
 def spans_of(ended: ReadableSpan) -> list[Span]:
-    assert isinstance(ended, Ended)
+    assert isinstance(ended, Trace)
     return list(ScopeSpans.FromString(ended.spans()).spans)
