@@ -158,6 +158,8 @@ def listening(opened: Embedded, name: str, endpoint: str) -> Iterator[Listening]
             telemetry = Telemetry.open(replace(opened.config, telemetry=config), opened.engine.store)
             stack.callback(telemetry.close)
             telemetry.count(server)
+            if telemetry.meter is not None:
+                telemetry.meter.ages_every_ns *= len(settings_of(endpoint))  # as it counts for a part of the time only
             stack.callback(asyncio.run_coroutine_threadsafe(telemetry.watch_loop(), loop).cancel)
             senders = [each for each in threading.enumerate() if each not in before and each.name == SENDER]
             kinds[told] = Kind(telemetry, senders)

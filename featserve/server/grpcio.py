@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn, TypeVar
@@ -44,6 +45,9 @@ this is as long as other calls are repeated."""
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 UNLIMITED = nullcontext()
+
+METADATA: ContextVar[tuple[tuple[str, str | bytes], ...]] = ContextVar("metadata")
+"""The metadata of a call, in its task; gRPC would make them anew for each who asks."""
 
 
 class GrpcioServer:
@@ -170,7 +174,7 @@ class GrpcioServer:
                 )
                 for name in FORWARDED
             }
-        return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
+        return _Methods(handlers)
 
     def _counted(
         self, name: str, handle: Callable[[Context], Awaitable[Answer]]
@@ -264,7 +268,7 @@ class GrpcioServer:
         return stream.finish()
 
     def _call(self, context: Context, remaining_s: float | None) -> Call:
-        return Call(_Metadata(context), self._default_deadline_s if remaining_s is None else remaining_s)
+        return Call(METADATA.get(), self._default_deadline_s if remaining_s is None else remaining_s)
 
 
 class _OnlyGeneric:
@@ -280,16 +284,15 @@ class _OnlyGeneric:
         pass
 
 
-class _Metadata:
-    """The metadata of a call, read when it is looked at: most calls nobody traces."""
+class _Methods(grpc.GenericRpcHandler):
+    """The methods of the service, by name; keeps the metadata of each call."""
 
-    __slots__ = ("_context",)
+    def __init__(self, handlers: Mapping[str, grpc.RpcMethodHandler[Any, Any]]) -> None:
+        self._handlers = {f"/{SERVICE_NAME}/{name}": handler for name, handler in handlers.items()}
 
-    def __init__(self, context: Context) -> None:
-        self._context = context
-
-    def __iter__(self) -> Iterator[tuple[str, str | bytes]]:
-        return iter(self._context.invocation_metadata() or ())
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
+        METADATA.set(handler_call_details.invocation_metadata)
+        return self._handlers.get(handler_call_details.method)
 
 
 class Health(health_pb2_grpc.HealthServicer):

@@ -98,7 +98,8 @@ class Meter:
     code. ``tallies``: rows and values, by the hash of their service. ``ages``: microseconds, by view. ``written``: rows
     written, and those of them stored, by view. ``pushed``: events by source and what became of them. ``loop_delay``:
     nanoseconds that the event loop came late to a task, or a thread that answers has been at its turn.
-    ``ages_due_ns``: a request that begins no sooner is asked for event times, too. Several threads may count.
+    ``ages_due_ns``: a request that begins no sooner is asked for event times, too, and then none for ``ages_every_ns``.
+    Several threads may count.
     """
 
     def __init__(self, *, ages_every_ns: int = AGES_EVERY_NS, of_workers: bool = False) -> None:
@@ -112,7 +113,7 @@ class Meter:
         self.loop_delay = Buckets(DELAY_NS)
         self.ages_due_ns = 0
         self._lock = Lock()
-        self._ages_every_ns, self._of_workers = ages_every_ns, of_workers
+        self.ages_every_ns, self._of_workers = ages_every_ns, of_workers
         self._counted: dict[tuple[str, str, str], tuple[Buckets, Tally | None]] = {}
         self._noted: dict[tuple[str, str], _Noted] = {}
         """Requests for rows that were all there and held no null, by method and hash of the service."""
@@ -166,7 +167,7 @@ class Meter:
             if record.matrix is not None and tally is not None:
                 tally.add(record.matrix)
                 if record.ages:
-                    self.ages_due_ns = begun_ns + self._ages_every_ns
+                    self.ages_due_ns = begun_ns + self.ages_every_ns
                     self._add_ages(record.matrix, record.now_us)
 
     def refuse(self, method: str, code: str) -> None:
@@ -196,7 +197,7 @@ class Meter:
             assert tally is not None
             tally.add(matrix)
             if matrix.event_times is not None:
-                self.ages_due_ns = ended_ns + self._ages_every_ns
+                self.ages_due_ns = ended_ns + self.ages_every_ns
                 self._add_ages(matrix, share.now_us)
 
     def _noted_of(self, method: str, plan: ReadPlan) -> _Noted:

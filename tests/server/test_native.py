@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,41 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bench import h2load
+from featserve._proto import serving_pb2 as pb
 from featserve._proto.serving_pb2_grpc import FeatureServingServiceStub
 from featserve.config import load_config
 from featserve.errors import ServingError
 from featserve.server import native
 from featserve.server.app import run
+from featserve.server.meter import Meter
 from featserve.server.native import NativeServer
+from featserve.server.service import Service
+from featserve.server.telemetry import Telemetry
+from featserve.server.together import Share
+from featserve.stages import Stages
 from tests.server.collector import Collector
 from tests.server.held import Held
 from tests.server.messages import numbers, ranking, wide
 from tests.serving import PATIENCE_S, TRANSPORTS, Project, Server, served_here
+
+
+def asked_at_once(
+    channel: grpc.Channel,
+    reads: Held,
+    requests: Iterable[pb.GetFeaturesRequest],
+    *metadata: tuple[str, str],
+) -> list[pb.GetFeaturesResponse]:
+    """Ask for what is answered in one turn, as it comes while another read is held; return the answers."""
+    stub: Any = FeatureServingServiceStub(channel)
+    with reads.held() as begun:
+        first = stub.GetFeatures.future(wide(0), timeout=PATIENCE_S)
+        assert begun.wait(PATIENCE_S)
+        calls = [stub.GetFeatures.future(request, PATIENCE_S, metadata) for request in requests]
+        # The connection carries them in order: where this is answered, the others wait.
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        health.Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
+    first.result()
+    return [call.result() for call in calls]
 
 
 @pytest.mark.parametrize("method", ["GetFeatures", "WriteRows"])
@@ -63,17 +89,11 @@ def test_reads_that_wait_are_answered_with_one_read(tmp_path: Path, monkeypatch:
             for user in range(17):
                 stub.WriteRows(numbers([user], float(user)))
             reads.keys.clear()
-            with reads.held() as begun:
-                first = stub.GetFeatures.future(wide(0), timeout=PATIENCE_S)
-                assert begun.wait(PATIENCE_S)
-                calls = [stub.GetFeatures.future(wide(user), timeout=PATIENCE_S) for user in range(1, 17)]
-                # The connection carries them in order: where this is answered, the others wait.
-                health: Any = health_pb2_grpc.HealthStub(channel)
-                health.Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
-            return [float(np.frombuffer(call.result().values, "<f4")[0]) for call in (first, *calls)]
+            answers = asked_at_once(channel, reads, [wide(user) for user in range(1, 17)])
+            return [float(np.frombuffer(answer.values, "<f4")[0]) for answer in answers]
 
     project = Project.make(tmp_path / "project", **TRANSPORTS["native"], max_streams=32)
-    assert served_here(project, ask) == list(range(17))
+    assert served_here(project, ask) == list(range(1, 17))
     assert reads.keys == [1, 16]
 
 
@@ -87,16 +107,7 @@ def test_a_trace_tells_for_how_long_other_services_were_answered(
 
     def ask(address: str) -> None:
         with grpc.insecure_channel(address) as channel:
-            stub = FeatureServingServiceStub(channel)
-            with reads.held() as begun:
-                first = stub.GetFeatures.future(wide(0), timeout=PATIENCE_S)
-                assert begun.wait(PATIENCE_S)
-                traced = (("traceparent", f"00-{1:032x}-{1:016x}-01"),)
-                calls = [stub.GetFeatures.future(make(1), PATIENCE_S, traced) for make in (wide, ranking)]
-                health: Any = health_pb2_grpc.HealthStub(channel)
-                health.Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
-            for call in (first, *calls):
-                call.result()
+            asked_at_once(channel, reads, [wide(1), ranking(1)], ("traceparent", f"00-{1:032x}-{1:016x}-01"))
 
     with Collector() as collector:
         project.configure(
@@ -107,6 +118,26 @@ def test_a_trace_tells_for_how_long_other_services_were_answered(
         names = {tree.attributes["featserve.service.name"]: tree.names for tree in collector.trees(2)}
     assert names["wide"][:3] == ["queue", "decode", "keys"]
     assert names["ranking"][:4] == ["queue", "decode", "other services", "keys"]
+
+
+def test_of_services_asked_at_once_one_is_looked_at_for_ages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where ages are due, the first service that is answered is asked for event times, and no other of its turn."""
+    reads, meter = Held(monkeypatch), Meter(ages_every_ns=0)
+    monkeypatch.setattr(Telemetry, "open", lambda *arguments: Telemetry(None, meter))
+    looked_at: list[tuple[str, bool]] = []
+    meant = Service.get_features_together
+
+    def watched(service: Service, share: Share, stages: Stages | None, event_times: bool) -> Any:
+        looked_at.append((share.asked.plan.schema.name, event_times))
+        return meant(service, share, stages, event_times)
+
+    def ask(address: str) -> None:
+        with grpc.insecure_channel(address) as channel:
+            asked_at_once(channel, reads, [wide(1), ranking(1), wide(2)])
+
+    monkeypatch.setattr(Service, "get_features_together", watched)
+    served_here(Project.make(tmp_path / "project", **TRANSPORTS["native"]), ask)
+    assert looked_at == [("wide", True), ("wide", True), ("ranking", False)]
 
 
 @pytest.mark.parametrize(("settings", "streams"), [({}, 16), ({"max_streams": 500}, 500)])
