@@ -8,11 +8,11 @@ Two processes of one program differ by a tenth, too, by how they happen to lie i
 a percent or two, and the speed of a shared machine changes from second to second. So it is one server of each
 transport, in this process, that tells now this and now that, for 50 ms each and in random order, while h2load goes on
 to load it. The server has a core, and h2load another. Requests count where they end, by h2load's log; what is told is
-the median of the rounds, each a ratio of neighbours. A second turn of telling nothing in each round says how far that
-can be trusted, and so does the standard error. Traces go to a collector in another process that takes them and does
+the median of blocks of ten turns of each, a ratio of neighbours. A second turn of telling nothing says how far that can
+be trusted, and so does the standard error. Traces go to a collector in another process that takes them and does
 nothing; the thread that sends them does so in batches, now and then, so its time is shared out to all requests that it
-tells of. Metrics are read every 15 seconds of load, as by a Prometheus that is told to. Then the same with no server,
-where the time that one request takes more can be told apart.
+tells of. What a Prometheus takes that reads the metrics is told by itself. Then the same with no server, where the time
+that one request takes more can be told apart.
 
     python -m bench.telemetry    take spans, and do nothing with them; print the endpoint
 """
@@ -55,28 +55,28 @@ ENTITIES = 100_000
 TRANSPORTS = ("native", "grpcio")
 KEYS = (1, 100)
 TARGET = 0.97
-LOADS, LOAD_S, STARTING_S, TURN_S = 8, 10.0, 0.5, 0.05
-"""How often a server is loaded, for how long, how long that is left alone at first, and the length of a turn."""
-SCRAPED_EVERY_S = 15.0
+LOADS, LOAD_S, STARTING_S, TURN_S, BLOCK = 8, 10.0, 0.5, 0.05, 10
+"""How often a server is loaded, for how long, how long that is left alone at first, the length of a turn, and the
+turns of each kind that are taken together."""
+SCRAPES = 20
 SENDER = "OtelBatchSpanRecordProcessor"
 """What OpenTelemetry calls the threads that send spans."""
 REPEATS = 400
 AT_ONCE = 50
 TRACED = 2_000  # which the queue of spans holds
 EXPORT = "opentelemetry.proto.collector.trace.v1.TraceService"
-OFF, AGAIN, BOTH = "off", "off again", "both"
+OFF, AGAIN, METRICS, BOTH = "off", "off again", "metrics", "both"
 
 Found = dict[str, Array]
-"""What was taken, or done, in each round, by what was told."""
+"""What was taken, or done, in each block of turns, by what was told."""
 
 
 @dataclass(slots=True)
 class Kind:
-    """What a server may tell. ``senders``: the threads that send its spans. ``turns``: since metrics were read."""
+    """What a server may tell. ``senders``: the threads that send its spans; ``flushing_s``: what others took for it."""
 
     telemetry: Telemetry
     senders: list[Thread]
-    turns: int = 0
     flushing_s: float = 0.0
 
     def sending_s(self) -> float:
@@ -87,12 +87,13 @@ class Kind:
             self.flushing_s += time.thread_time() - before_s
         return sum(cpu_s(thread) for thread in self.senders) + self.flushing_s
 
-    def scrape_if_due(self) -> None:
-        """Read the metrics, where there are some, in one of the turns that make ``SCRAPED_EVERY_S``."""
-        self.turns += 1
-        if self.telemetry.page is not None and self.turns * TURN_S >= SCRAPED_EVERY_S:
-            self.turns = 0
+    def scrape_s(self) -> float:
+        """Return the processor time that reading the metrics takes once."""
+        assert self.telemetry.page is not None
+        before_s = answering_s()
+        for _ in range(SCRAPES):
             urllib.request.urlopen(f"http://{self.telemetry.page.address}/metrics", timeout=5).close()
+        return (answering_s() - before_s) / SCRAPES
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,7 @@ def measure(folder: Path) -> list[Figure]:
                 for keys in KEYS:
                     body = next(load.bodies(keys, ENTITIES, 1))
                     figures += compare(f"{name}, {keys} {'key' if keys == 1 else 'keys'}", *in_turns(server, body))
+                figures.append(Figure("  metrics, read once", server.kinds[METRICS].scrape_s() * 1e3, "ms"))
         for keys in KEYS:
             figures += with_no_server(opened, keys, endpoint)
     return figures
@@ -153,15 +155,18 @@ def listening(opened: Embedded, name: str, endpoint: str) -> Iterator[Listening]
         server, address = run(start(telling))
         stack.callback(lambda: run(server.drain(1.0)))
         kinds = {}
-        for told, config in settings_of(endpoint).items():
+        wanted = settings_of(endpoint)
+        for told, config in wanted.items():
             before = threading.enumerate()
             telemetry = Telemetry.open(replace(opened.config, telemetry=config), opened.engine.store)
             stack.callback(telemetry.close)
             telemetry.count(server)
             if telemetry.meter is not None:
-                telemetry.meter.ages_every_ns *= len(settings_of(endpoint))  # as it counts for a part of the time only
+                telemetry.meter.ages_every_ns *= len(wanted)  # as it counts for a part of the time only
             stack.callback(asyncio.run_coroutine_threadsafe(telemetry.watch_loop(), loop).cancel)
             senders = [each for each in threading.enumerate() if each not in before and each.name == SENDER]
+            if bool(senders) != (telemetry.tracing is not None):
+                raise RuntimeError(f"no thread is called {SENDER} any more: what sending takes would not be told")
             kinds[told] = Kind(telemetry, senders)
         yield Listening(address, telling, kinds)
 
@@ -172,22 +177,22 @@ def settings_of(endpoint: str) -> dict[str, TelemetryConfig]:
     return {
         OFF: TelemetryConfig(),
         AGAIN: TelemetryConfig(),
-        "metrics": TelemetryConfig(prometheus_port=0),
+        METRICS: TelemetryConfig(prometheus_port=0),
         "traces of 1 %": traces,
         BOTH: replace(traces, prometheus_port=0),
     }
 
 
 def in_turns(server: Listening, body: bytes) -> tuple[Found, Found]:
-    """Load a server that tells each kind in turn, in each round in another order.
+    """Load a server that tells each kind in turn.
 
-    Returns microseconds of processor for a request, and requests/s, of each kind, by round.
+    Returns microseconds of processor for a request, and requests/s, of each kind, by block of turns.
     """
     kinds = list(server.kinds.values())
     sent_s = [kind.sending_s() for kind in kinds]
     with servers.on(servers.shared_out()[1]), ThreadPoolExecutor(1) as pool:
-        rounds = [load_once(server, kinds, body, pool) for _ in range(LOADS)]
-    requests, took_s, busy_s = (np.concatenate(each) for each in zip(*rounds, strict=True))
+        loads = [load_once(server, kinds, body, pool) for _ in range(LOADS)]
+    requests, took_s, busy_s = (np.concatenate(each) for each in zip(*loads, strict=True))
     sending_s = np.array([kind.sending_s() for kind in kinds]) - sent_s
     each_s = sending_s / requests.sum(axis=0)
     cpu_us, rates = (busy_s / requests + each_s) * 1e6, 1 / (took_s / requests + each_s)
@@ -197,9 +202,9 @@ def in_turns(server: Listening, body: bytes) -> tuple[Found, Found]:
 def load_once(
     server: Listening, kinds: Sequence[Kind], body: bytes, pool: ThreadPoolExecutor
 ) -> tuple[Array, Array, Array]:
-    """Load a server while it takes turns at what it tells.
+    """Load a server while it takes turns at what it tells, in each round in another order.
 
-    Returns requests that ended, seconds, and seconds of processor but for sending, each rounds x kinds.
+    Returns requests that ended, seconds, and seconds of processor but for sending, each blocks x kinds.
     """
     ends_s = time.time() + LOAD_S
     loading = pool.submit(h2load.run, server.address, body, seconds=LOAD_S)
@@ -208,7 +213,6 @@ def load_once(
     while at_s[-1] + 2 * TURN_S * len(kinds) < ends_s:
         for i in random.sample(range(len(kinds)), len(kinds)):
             server.tell(kinds[i].telemetry)
-            kinds[i].scrape_if_due()
             time.sleep(TURN_S)
             order.append(i)
             at_s.append(time.time())
@@ -219,8 +223,13 @@ def load_once(
     requests, _ = np.histogram(ended_us, np.array(at_s) * 1e6)
     by_kind = np.argsort(np.reshape(order, (-1, len(kinds))), axis=1)
     in_order = (np.reshape(each, by_kind.shape) for each in (requests, np.diff(at_s), np.diff(cpu_s)))
-    requests, took_s, busy_s = (np.take_along_axis(each, by_kind, axis=1) for each in in_order)
+    requests, took_s, busy_s = (blocks(np.take_along_axis(each, by_kind, axis=1)) for each in in_order)
     return requests, took_s, busy_s
+
+
+def blocks(rounds: Array) -> Array:
+    """Return the sums of each ``BLOCK`` rounds."""
+    return np.add.reduceat(rounds[: len(rounds) // BLOCK * BLOCK], np.arange(0, len(rounds) - BLOCK + 1, BLOCK))
 
 
 def answering_s() -> float:

@@ -19,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -39,8 +40,10 @@ ROUNDS = 5
 CORES = 16
 ONE, TWO = "1 worker", "2 workers"
 STANDING_S = 4.0
-ALONE = 3_000
-"""Requests in process."""
+WARM_UP, ANSWERED = 20, 600
+"""How often is answered in process, in each round."""
+AT_ONCE = {"native": CONNECTIONS // 2, "grpcio": 1}
+"""Requests that are answered with one another: as many as a worker has connections, which is the most."""
 
 Done = TypeVar("Done")
 
@@ -64,7 +67,7 @@ def measure(folder: Path) -> list[Figure]:
             for keys in KEYS:
                 body = next(load.bodies(keys, ENTITIES, 1))
                 figures += told(f"{transport}, {keys} {'key' if keys == 1 else 'keys'}", in_turns(one, two, body))
-                figures += by_stage(two, body, alone_us(second, body[5:]), idle, written)
+                figures += by_stage(two, body, partial(in_process_us, second, transport, body[5:]), idle, written)
     return figures
 
 
@@ -125,28 +128,33 @@ def standing(server: servers.Server, rows_per_s: int) -> Standing:
 
 
 def by_stage(
-    server: servers.Server, body: bytes, alone: dict[str, float], idle: Standing, written: Standing
+    server: servers.Server, body: bytes, in_process: Callable[[], dict[str, float]], idle: Standing, written: Standing
 ) -> list[Figure]:
-    """Return what a request takes of the transport and of the thread that answers, and what cores give by that."""
-    transport_us, answering_us = [], []
+    """Return what a request takes of the transport and of the thread that answers, and what cores give by that.
+
+    ``in_process``: answers in this process; returns the microseconds of each stage of a request.
+    """
+    transport_us, answering_us, rounds = [], [], []
     for _ in range(ROUNDS):
+        rounds.append(in_process())
         started = time.perf_counter()
         loaded, of_workers, _ = spent(server, lambda: h2load.run(server.address, body, connections=CONNECTIONS))
         followed_s = idle.following * (time.perf_counter() - started)
         answering_us.append(sum(map(max, of_workers)) / loaded.ended * 1e6)
         transport_us.append(sum(sum(each) - max(each) - followed_s for each in of_workers) / loaded.ended * 1e6)
-    each_us = [statistics.median(found) for found in (transport_us, answering_us)]
+    transport, answering = (statistics.median(found) for found in (transport_us, answering_us))
+    stages = {stage: statistics.median(found.get(stage, 0.0) for found in rounds) for stage in rounds[0]}
     told = [
-        Figure("  a request of two workers takes of the transport's threads", each_us[0], "us"),
-        Figure("  of the thread that answers", each_us[1], "us"),
-        *(Figure(f"    {stage}", us, "us", note="answered alone, in process") for stage, us in alone.items()),
-        Figure("    the rest: taking calls, handing answers over", each_us[1] - sum(alone.values()), "us"),
+        Figure("  a request of two workers takes of the transport's threads", transport, "us"),
+        Figure("  of the thread that answers", answering, "us"),
+        *(Figure(f"    {stage}", us, "us", note="in process, in cache") for stage, us in stages.items()),
+        Figure("    the rest: taking calls, handing answers over", answering - sum(stages.values()), "us"),
     ]
     for what, going_on in (("nothing written", idle), (f"{RATE:,} rows/s written", written)):
         left_s = CORES * (1 - going_on.following) - going_on.writing
         note = f"{number(left_s)} s of processor a second are left for reads"
         name = f"  {CORES} workers on {CORES} cores, on paper, {what}"
-        told.append(Figure(name, left_s / sum(each_us) * 1e6, "req/s", note=note))
+        told.append(Figure(name, left_s / (transport + answering) * 1e6, "req/s", note=note))
     return told
 
 
@@ -176,16 +184,34 @@ def threads_s(server: servers.Server) -> dict[int, dict[int, float]]:
     return {p.pid: {t.id: t.user_time + t.system_time for t in p.threads()} for p in server.processes()}
 
 
-def alone_us(folder: Path, request: bytes) -> dict[str, float]:
-    """Return the median microseconds of each stage of a request, answered again and again as a worker does it."""
-    found: defaultdict[str, list[float]] = defaultdict(list)
+def in_process_us(folder: Path, transport: str, request: bytes) -> dict[str, float]:
+    """Answer a request again and again as a worker's thread does; return the mean microseconds of each stage."""
+    spent_ns: defaultdict[str, int] = defaultdict(int)
     with featserve.open(folder, follow=True) as opened:
         service = Service(opened.engine, Limits(10_000, 0), clock_us)
-        for _ in range(ALONE):
-            record = Record()
-            record.stages = Stages()
-            service.get_features(request, Call((), 1.0, record))
-            record.stages.end()
-            for stage in record.stages.timed():
-                found[stage.name].append(stage.duration_ns / 1e3)
-    return {name: statistics.median(took_us) for name, took_us in found.items()}
+        for turn in range(-WARM_UP, ANSWERED):
+            for stage in ANSWERS[transport](service, request).timed():
+                spent_ns[stage.name] += stage.duration_ns if turn >= 0 else 0
+    return {name: ns / ANSWERED / AT_ONCE[transport] / 1e3 for name, ns in spent_ns.items() if ns}
+
+
+def alone(service: Service, request: bytes) -> Stages:
+    """Answer a request as grpcio's event loop does."""
+    record = Record()
+    record.stages = stages = Stages()
+    service.get_features(request, Call((), 1.0, record))
+    stages.end()
+    return stages
+
+
+def together(service: Service, request: bytes) -> Stages:
+    """Answer a request of each of several connections as pygrpc-native's thread does."""
+    stages = Stages()
+    stages.begin("decode")
+    for share in service.shares([request] * AT_ONCE["native"]):
+        service.get_features_together(share, stages)
+    stages.end()
+    return stages
+
+
+ANSWERS = {"native": together, "grpcio": alone}

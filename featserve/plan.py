@@ -6,7 +6,7 @@ Comes in: definitions. Goes out: frozen plans of bytes, offsets and NumPy slices
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -62,9 +62,14 @@ class OutputPlace:
 
 @dataclass(frozen=True, slots=True)
 class ReadPlan:
-    """Everything that a request for one service needs. ``request_time``: whether a step takes that."""
+    """Everything that a request for one service needs.
+
+    ``integer_key``: the name and type of its key, where that is one of integers. ``request_time``: whether a step takes
+    that.
+    """
 
     schema: ServiceSchema
+    integer_key: tuple[str, Type] | None
     views: tuple[ViewRead, ...]
     steps: tuple[Step, ...]
     outputs: tuple[OutputPlace, ...]
@@ -240,7 +245,13 @@ def compile_service(service: FeatureService) -> ReadPlan:
     views = tuple(_compile_read(view, i, schema, inputs) for i, view in enumerate(service.views))
     steps = compile_steps(service.transforms)
     timed = any(parameter.slot == REQUEST_TIME for step in steps for parameter in step.parameters)
-    return ReadPlan(schema, views, steps, outputs, timed)
+    return ReadPlan(schema, integer_key(schema.keys), views, steps, outputs, timed)
+
+
+def integer_key(keys: Mapping[str, Type]) -> tuple[str, Type] | None:
+    """Return the name and type of the only key, where it is of integers."""
+    ((name, type_),) = keys.items() if len(keys) == 1 else (("", None),)
+    return (name, type_) if type_ is not None and type_.dtype is not None and type_.dtype.kind == "i" else None
 
 
 def _compile_read(view: FeatureView, index: int, schema: ServiceSchema, inputs: Iterable[Selection]) -> ViewRead:

@@ -41,12 +41,6 @@ def decode_keys(columns: Iterable[pb.Column], expected: Mapping[str, Type], max_
     return EntityKeys.of(given, expected)
 
 
-def integer_key(expected: Mapping[str, Type]) -> Type | None:
-    """Return the type of the key of a service that has one key, of integers."""
-    (type_,) = expected.values() if len(expected) == 1 else (None,)
-    return type_ if type_ is not None and type_.dtype is not None and type_.dtype.kind == "i" else None
-
-
 def plain_integers(columns: Sequence[pb.Column], name: str, type_: Type, max_rows: int) -> Integers | None:
     """Return the values of the only column as they came, None where ``decode_keys`` has to look at them."""
     message = columns[0] if len(columns) == 1 else pb.Column()

@@ -16,7 +16,7 @@ from featserve.definitions import Entity, FeatureService, FeatureView, Field
 from featserve.engine import Engine
 from featserve.errors import InvalidRequest, TooLarge
 from featserve.matrix import FeatureMatrix
-from featserve.plan import Plans, compile_schema
+from featserve.plan import Plans, compile_schema, integer_key
 from featserve.server.service import Call, Limits, Service
 from featserve.store.memory import MemoryStore
 from featserve.types import (
@@ -45,7 +45,6 @@ from featserve.wire import (
     encode_rows,
     encode_schema,
     encode_view,
-    integer_key,
     join_keys,
     plain_integers,
 )
@@ -223,16 +222,17 @@ def test_keys_of_several_requests_are_those_of_each(rng: np.random.Generator) ->
         assert joined.count == sum(keys.count for keys in decoded)
         for name, col in joined.columns.items():
             assert cells_of(col) == [cell for keys in decoded for cell in cells_of(keys.columns[name])]
-        if (type_ := integer_key(entity.keys)) is None:
+        if (key := integer_key(entity.keys)) is None:
             continue
         plain += 1
-        ((name, col),) = joined.columns.items()
-        raw = [plain_integers(columns, name, type_, 10) for columns in messages]
+        (col,) = joined.columns.values()
+        raw = [plain_integers(columns, *key, 10) for columns in messages]
         together = join_keys([each for each in raw if each is not None])
         assert isinstance(together, Integers)
         assert (together.raw, together.count) == (col.values.tobytes(), joined.count)
         prefix = bytes(range(8))
-        assert integers_under(col.values.tobytes(), type_.width)(prefix) == [prefix + key for key in encode_keys([col])]
+        encoded = [prefix + each for each in encode_keys([col])]
+        assert integers_under(col.values.tobytes(), key[1].width)(prefix) == encoded
     assert plain
 
 

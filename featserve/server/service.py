@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from featserve._proto import serving_pb2 as pb
-from featserve.batch import Pushed, Written
+from featserve.batch import EntityKeys, Integers, Pushed, Written
 from featserve.engine import NOTHING, Engine
 from featserve.errors import AnswerTooLarge, DeadlineExceeded, FeatserveError, invalid
 from featserve.matrix import FeatureMatrix
@@ -32,6 +32,7 @@ from featserve.wire import (
     encode_stages,
     encode_view,
     parse,
+    plain_integers,
 )
 
 WAITED = 0.9
@@ -156,7 +157,7 @@ class Service:
             now_us = request.as_of_us
         if request.at_least:
             self.engine.require(request.at_least, math.inf if call.remaining_s is None else WAITED * call.remaining_s)
-        keys = decode_keys(request.keys, plan.schema.keys, self._limits.max_rows)
+        keys = self._keys(request, plan)
         columns = NOTHING
         if request.request_columns or plan.schema.request_columns:
             columns = decode_request_columns(request.request_columns, plan.schema.request_columns, keys.count)
@@ -182,6 +183,14 @@ class Service:
             stages.end()
             answer.stages.extend(encode_stages(stages.timed()))
         return answer
+
+    def _keys(self, request: pb.GetFeaturesRequest, plan: ReadPlan) -> EntityKeys | Integers:
+        """Return the keys of a request, as they came where nothing has to be made of them."""
+        if plan.integer_key is not None:
+            plain = plain_integers(request.keys, *plan.integer_key, self._limits.max_rows)
+            if plain is not None:
+                return plain
+        return decode_keys(request.keys, plan.schema.keys, self._limits.max_rows)
 
     def describe_service(self, data: bytes, call: Call) -> bytes:
         """Answer a DescribeServiceRequest."""

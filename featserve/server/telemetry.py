@@ -34,7 +34,7 @@ from featserve.store.follow import Behind, Follower
 
 if TYPE_CHECKING:
     from featserve.server.metrics import Page
-    from featserve.server.tracing import Trace, Tracing
+    from featserve.server.tracing import Told, Trace, Tracing
 
 log = logging.getLogger("featserve.server")
 
@@ -54,7 +54,7 @@ Attributes = dict[str, str | int]
 
 
 Asking = tuple[int, "Trace | None"]
-"""A call that is answered with others: since when it has waited, by ``perf_counter_ns``, and its trace."""
+"""A call that has waited for its turn: since when, by ``perf_counter_ns``, and its trace."""
 
 
 class Telemetry:
@@ -181,9 +181,12 @@ class _Watch(Record):
     def _end(self, trace: Trace, code: str) -> None:
         """Export the spans of a request that has ended."""
         trace.stages.end()
-        attributes = _called(self.method, code) | _attributes(self)
         failure = cut(str(self.error or ""), MESSAGE_BYTES) if code in SERVER_FAULTS else None
-        trace.end(f"{SERVICE_NAME}/{self.method}", lambda: attributes, failure)
+        if self.whole is not None and self.plan is not None and code == OK:
+            told: Told = partial(_whole, self.method, self.plan, self.whole)
+        else:  # now, as nobody is to hold the answer until it is told
+            told = (_called(self.method, code) | _attributes(self)).copy
+        trace.end(f"{SERVICE_NAME}/{self.method}", told, failure)
 
     def _failed(self, error: BaseException | None) -> str:
         """Note what a request failed with; return the name of its status code."""
@@ -261,12 +264,17 @@ def _answered(counts: Tally) -> Attributes:
     }
 
 
+def _whole(method: str, plan: ReadPlan, rows: int) -> Attributes:
+    """Return what the span of a request says whose rows were all there and held no null."""
+    counts = Tally(plan)
+    counts.rows = rows
+    return _called(method, OK) | _answered(counts)
+
+
 def _together(method: str, plan: ReadPlan, rows: int, counts: Tally | None, requests: int) -> Attributes:
     """Return what the span of a request says that shared a read; no ``counts`` of rows that were whole."""
-    if counts is None:
-        counts = Tally(plan)
-        counts.rows = rows
-    return _called(method, OK) | _answered(counts) | {"featserve.together": requests}
+    own = _whole(method, plan, rows) if counts is None else _called(method, OK) | _answered(counts)
+    return own | {"featserve.together": requests}
 
 
 def _called(method: str, code: str) -> Attributes:

@@ -18,7 +18,7 @@ from featserve.errors import FeatserveError
 from featserve.matrix import FeatureMatrix
 from featserve.plan import Plans, ReadPlan
 from featserve.stages import Stages
-from featserve.wire import decode_keys, encode_parts, integer_key, join_keys, parse, plain_integers
+from featserve.wire import decode_keys, encode_parts, join_keys, parse, plain_integers
 
 TOGETHER_BYTES = 512
 """The largest request that shares a read: a hundred rows gain nothing by it, and hold the others up."""
@@ -218,11 +218,9 @@ class Sharing:
             return None
         if (asked := self._asked.get(plan.schema.hash)) is None:
             asked = self._asked[plan.schema.hash] = Asked(plan)
-        expected = plan.schema.keys
-        key = integer_key(expected)
-        if key is None:
-            return asked, decode_keys(request.keys, expected, self._max_rows)
-        keys = plain_integers(request.keys, next(iter(expected)), key, self._max_rows)
+        if plan.integer_key is None:
+            return asked, decode_keys(request.keys, plan.schema.keys, self._max_rows)
+        keys = plain_integers(request.keys, *plan.integer_key, self._max_rows)
         if keys is None:
             return None
         if self._left:

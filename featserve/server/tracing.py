@@ -18,7 +18,7 @@ from random import Random, randbytes
 from struct import Struct
 from threading import Thread
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from google.protobuf.wrappers_pb2 import BytesValue
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
@@ -85,17 +85,23 @@ class Ids(NamedTuple):
 class Trace:
     """A request that is recorded, and, when it has ended, as the SDK's queue takes it.
 
-    Nothing is made of it before it is sent: code that one in a hundred requests runs is in no cache, and takes several
-    times as long in the thread that answers as in a batch.
+    As little as can be is made of it before it is sent: code that one in a hundred requests runs is in no cache, and
+    takes several times as long in the thread that answers as in a batch.
     """
 
     context = SimpleNamespace(trace_flags=SimpleNamespace(sampled=True))
     """Tells the SDK's queue to take it."""
 
-    def __init__(self, tracing: Tracing, caller: re.Match[str] | None = None, metadata: Metadata = ()) -> None:
-        """``caller``: the ``traceparent`` of a caller that traces, among the ``metadata``."""
-        self.tracing, self.stages = tracing, Stages()
-        self._caller, self._metadata = caller, metadata
+    _name: str
+    _told: Told
+    _failure: str | None
+    _begun: list[tuple[str, int]]
+    _epoch_ns: int
+
+    def __init__(self, tracing: Tracing, caller: re.Match[str] | None = None, states: Sequence[str] = ()) -> None:
+        """``caller``: the ``traceparent`` of a caller that traces; ``states``: its ``tracestate``."""
+        self._tracing, self.stages = tracing, Stages()
+        self._caller, self._states = caller, states
 
     @cached_property
     def ids(self) -> Ids:
@@ -103,8 +109,7 @@ class Trace:
         if self._caller is None:
             return Ids(randbytes(16), randbytes(8), b"", SAMPLED, "")
         trace_id, parent_id, flags = self._caller.groups()
-        states = [value for key, value in self._metadata if key == "tracestate" and isinstance(value, str)]
-        state = TraceState.from_header(states).to_header() if states else ""
+        state = TraceState.from_header(list(self._states)).to_header() if self._states else ""
         return Ids(bytes.fromhex(trace_id), randbytes(8), bytes.fromhex(parent_id), int(flags, 16), state)
 
     def end(self, name: str, told: Told, failure: str | None) -> None:
@@ -115,12 +120,13 @@ class Trace:
         """
         self._name, self._told, self._failure = name, told, failure
         self._begun = [*self.stages.begun, ("", self.stages.ended_ns)]  # a write whose caller is gone may still go on
-        self.tracing.export(self)
+        self._epoch_ns = time.time_ns() - time.perf_counter_ns()
+        self._tracing.export(self)
 
     def spans(self) -> bytes:
         """Return its spans as they are sent: the server's, and one below it for each stage."""
         trace_id, span_id, parent_id, _, state = self.ids
-        begun, epoch_ns = self._begun, time.time_ns() - time.perf_counter_ns()
+        begun, epoch_ns = self._begun, self._epoch_ns
         ids = randbytes(8 * len(begun))
         within, kind = TRACE_ID + trace_id + PARENT_ID + span_id, Span.SPAN_KIND_INTERNAL
         size = len(within) + OWN.size
@@ -194,13 +200,13 @@ class Tracing:
             if name == TRACEPARENT:
                 caller = FORMAT.fullmatch(value) if isinstance(value, str) else None
                 if caller is not None:
-                    return Trace(self, caller, metadata) if int(caller[3], 16) & SAMPLED else None
+                    return Trace(self, caller, _states(metadata)) if int(caller[3], 16) & SAMPLED else None
                 break
         return Trace(self) if self._chance() < self._ratio else None
 
-    def export(self, trace: Any) -> None:
+    def export(self, trace: Trace) -> None:
         """Queue a request that has ended, to be sent."""
-        self._processor.on_end(trace)
+        self._processor.on_end(cast(Any, trace))
 
     def flush(self) -> None:
         """Send what is queued now, in this thread."""
@@ -223,6 +229,10 @@ class Tracing:
         flusher.join(seconds)
         if flusher.is_alive():  # the collector does not answer: end the call that waits for it
             self._exporter.shutdown()
+
+
+def _states(metadata: Metadata) -> list[str]:
+    return [value for name, value in metadata if name == "tracestate" and isinstance(value, str)]
 
 
 @lru_cache(MOST_HEADS)

@@ -48,7 +48,7 @@ def asked_at_once(
         # The connection carries them in order: where this is answered, the others wait.
         health: Any = health_pb2_grpc.HealthStub(channel)
         health.Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
-    first.result()
+    assert first.result().rows == 1
     return [call.result() for call in calls]
 
 

@@ -7,13 +7,15 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from queue import SimpleQueue
 from random import Random
+from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import ScopeSpans, Span
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 import featserve
@@ -310,6 +312,29 @@ def test_the_ratio_is_kept(seed: int) -> None:
         tracing.close(10)
 
 
+def test_each_of_several_streams_has_the_caller_of_its_own(
+    transport: str, tmp_path: Path, collector: Collector
+) -> None:
+    """Messages of two streams that come in turns are traced below the caller of each."""
+    callers = [f"{i:032x}" for i in (1, 2)]
+    with watched(tmp_path / "p", transport, otlp_endpoint=collector.endpoint, sample_ratio=0) as server:
+        with server.stub() as stub:
+            asking: list[SimpleQueue[pb.StreamFeaturesRequest | None]] = [SimpleQueue() for _ in callers]
+            answers = [
+                stub.StreamFeatures(iter(queue.get, None), metadata=(("traceparent", f"00-{caller}-{PARENT}-01"),))
+                for caller, queue in zip(callers, asking, strict=True)
+            ]
+            for _ in range(3):
+                for rows, (queue, answered) in enumerate(zip(asking, answers, strict=True), 1):
+                    queue.put(pb.StreamFeaturesRequest(request=wide(*range(rows))))
+                    assert next(answered).response.rows == rows
+            for queue in asking:
+                queue.put(None)
+        trees = collector.trees(6)
+    found = [(tree.span.trace_id, tree.attributes["featserve.rows"]) for tree in trees]
+    assert sorted(found) == sorted(3 * [(bytes.fromhex(caller), rows) for rows, caller in enumerate(callers, 1)])
+
+
 def test_a_request_that_is_not_recorded_makes_nothing() -> None:
     """Without a draw in its favour, a request gets no record, no stages and no span."""
     exporter = InMemorySpanExporter()
@@ -451,6 +476,6 @@ def spans(exporter: InMemorySpanExporter) -> list[Span]:
     return spans_of(ended)
 
 
-def spans_of(ended: ReadableSpan) -> list[Span]:
+def spans_of(ended: Any) -> list[Span]:
     assert isinstance(ended, Trace)
     return list(ScopeSpans.FromString(ended.spans()).spans)
