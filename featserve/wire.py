@@ -176,11 +176,15 @@ def encode_matrix(
 
 
 def encode_parts(matrix: FeatureMatrix, counts: Sequence[int]) -> list[bytes]:
-    """Return the bytes of the answers that carry the rows of ``matrix`` one after the other, so many each."""
+    """Return the bytes of the answers that carry the rows of ``matrix`` one after the other, so many each.
+
+    They have no event times.
+    """
     schema = matrix.schema
     stops = (0, *counts) if len(counts) == 1 else list(accumulate(counts, initial=0))
     if matrix.columns or matrix.valid is not None:
-        return [encode_matrix(matrix.part(*ends)).SerializeToString() for ends in pairwise(stops)]
+        own = (encode_matrix(matrix.part(*ends), include_event_times=False) for ends in pairwise(stops))
+        return [answer.SerializeToString() for answer in own]
     values, status = matrix.values.tobytes(), matrix.view_status.tobytes()
     wide, views = schema.width * schema.numpy_dtype.itemsize, len(schema.views)
     answers = []

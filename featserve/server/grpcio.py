@@ -23,6 +23,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from featserve.config import ServerConfig
 from featserve.errors import DeadlineExceeded, FeatserveError, NotBegun, Overloaded, ServingError, invalid
 from featserve.server.forward import FORWARDED, TAKEN_KEY, Forward
+from featserve.server.limit import TimeLimit
 from featserve.server.meter import Load
 from featserve.server.service import READS, SERVICE_NAME, WRITE_STREAMS, WRITES, Call, Service, WriteStream
 from featserve.server.status import DETAILS_KEY, code_of, failed
@@ -71,6 +72,7 @@ class GrpcioServer:
         self._service, self._telemetry, self._forward = service, telemetry, forward
         self._config = config
         self._default_deadline_s = config.default_deadline_ms / 1_000
+        self._time_limit = TimeLimit(self._default_deadline_s)
         self._most_bytes, self._most_calls, self._taken = config.max_message_mb << 20, config.max_concurrent, 0
         self._beside, self._for_workers, self.shed = beside, for_workers, 0
         self.turn_ns = None
@@ -214,7 +216,7 @@ class GrpcioServer:
         with self._telemetry.watch(name, call):
             # A deadline that the caller set ends the call by itself.
             try:
-                async with asyncio.timeout(self._default_deadline_s) if remaining_s is None else UNLIMITED:
+                with self._time_limit.begin() if remaining_s is None else UNLIMITED:
                     data = await message(context)
                     if data is None:
                         raise invalid("request", "the call ended without one")

@@ -46,7 +46,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("featserve.server")
 
-METHODS: tuple[tuple[str, Callable[[Service, bytes, Call], bytes]], ...] = (*READS.items(), *WRITES.items())
+ALONE = {"GetFeatures": Service.get_features_alone}
+"""What answers requests that were tried together before."""
+METHODS: tuple[tuple[str, Callable[[Service, bytes, Call], bytes]], ...] = tuple((READS | ALONE | WRITES).items())
 """The methods that are served here, each by its number: reads first."""
 GET_FEATURES = 0
 

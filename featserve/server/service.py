@@ -96,8 +96,29 @@ class Service:
         self._sharing = Sharing(engine.plans, limits.max_rows)
 
     def get_features(self, data: bytes, call: Call) -> bytes:
-        """Answer a GetFeaturesRequest."""
+        """Answer a GetFeaturesRequest; by what is known of others, where it asks for no more than they do."""
         begin(call)
+        shares, record = self.shares([data]), call.record
+        if not shares:
+            return self._alone(data, call)
+        (share,) = shares
+        if record is None:
+            _, (answer,) = self.get_features_together(share)
+            return answer
+        record.plan = share.asked.plan
+        matrix, (answer,) = self.get_features_together(share, record.stages, record.ages)
+        if matrix is None or (matrix.valid is None and not record.ages):
+            record.whole = share.rows
+        else:
+            record.matrix, record.now_us = matrix, share.now_us
+        return answer
+
+    def get_features_alone(self, data: bytes, call: Call) -> bytes:
+        """Answer a GetFeaturesRequest that was not to be shared, or could not be answered so."""
+        begin(call)
+        return self._alone(data, call)
+
+    def _alone(self, data: bytes, call: Call) -> bytes:
         return self._fitting(self._features(parse(pb.GetFeaturesRequest, data), call).SerializeToString())
 
     def shares(self, requests: Sequence[bytes]) -> list[Share]:

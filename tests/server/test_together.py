@@ -16,7 +16,7 @@ from featserve._proto import serving_pb2 as pb
 from featserve.engine import fill
 from featserve.errors import CorruptRow, DeadlineExceeded, FeatserveError
 from featserve.server import together as together_module
-from featserve.server.service import READS, WRITES, Call, Limits, Service
+from featserve.server.service import READS, WRITES, Call, Limits, Record, Service
 from featserve.server.together import MOST_KNOWN_BYTES, MOST_ONCE, TOGETHER_BYTES, Known, Sharing
 from tests.server.messages import activity, now_us, numbers, packed, ranking, read_error, texts, weather, wide
 from tests.serving import DAMAGED, Project, Server
@@ -72,7 +72,7 @@ def special(rng: np.random.Generator) -> pb.GetFeaturesRequest:
 
 def alone(service: Service, request: pb.GetFeaturesRequest) -> bytes | FeatserveError:
     try:
-        return service.get_features(request.SerializeToString(), Call())
+        return service.get_features_alone(request.SerializeToString(), Call())
     except FeatserveError as error:
         return error
 
@@ -100,6 +100,29 @@ def test_who_is_answered_with_others_gets_the_same_bytes(service: Service, rng: 
             assert answer == (alone(service, request) if is_plain else None)
 
 
+def test_who_comes_alone_is_answered_by_what_is_known(service: Service, rng: np.random.Generator) -> None:
+    """The same answer or error, and the same record, whether or not a request is answered by what others asked for."""
+    failed = 0
+    for _ in range(300):
+        data = (some(rng) if rng.random() < 0.8 else special(rng)).SerializeToString()
+        ages, found = bool(rng.random() < 0.3), list[Any]()
+        for answer in (service.get_features, service.get_features_alone):
+            record = Record()
+            record.ages = ages
+            try:
+                answered: Any = pb.GetFeaturesResponse.FromString(answer(data, Call((), 5.0, record)))
+                answered.ClearField("stages")  # which took other times
+            except FeatserveError as error:
+                answered = type(error), str(error), error.reason, error.violations
+                failed += 1
+            matrix = record.matrix
+            rows = matrix if matrix is None else [matrix.view_status.tolist(), matrix.valid is None, record.now_us]
+            times = None if matrix is None or matrix.event_times is None else matrix.event_times.tolist()
+            found.append((answered, record.plan, record.whole, rows, times))
+        assert found[0] == found[1]
+    assert failed
+
+
 def test_what_was_seen_before_is_still_what_it_says(service: Service, rng: np.random.Generator) -> None:
     """A request that begins as another did is read as it stands: with other fields, in another order, cut or longer."""
     for _ in range(200):
@@ -119,7 +142,7 @@ def test_what_was_seen_before_is_still_what_it_says(service: Service, rng: np.ra
         for each in [data, *(odd[i] for i in rng.permutation(len(odd))), data]:
             (answer,) = _answers(service, each)
             try:
-                expected: bytes | None = service.get_features(each, Call())
+                expected: bytes | None = service.get_features_alone(each, Call())
             except FeatserveError:
                 expected = None
             assert answer == expected, each.hex()
@@ -240,6 +263,7 @@ def test_requests_leave_nothing_to_the_garbage_collector(service: Service) -> No
         gc.callbacks.append(note)
         for request in requests * times:
             service.get_features(request, Call())
+            service.get_features_alone(request, Call())
         for _ in range(times):
             _answers(service, *requests)
         gc.callbacks.remove(note)

@@ -378,7 +378,7 @@ def test_who_is_answered_with_others_is_traced_as_if_alone(tmp_path: Path, rng: 
                     assert alone is not None
                     pairs.append((trace, alone, len(bodies)))
                     with telemetry.watch("GetFeatures", call := Call(), (time.perf_counter_ns(), alone)):
-                        service.get_features(body, call)
+                        service.get_features_alone(body, call)
     tracing.close(10)
     assert 0 < known < 100
     ended = {each[-1].trace_id: each for each in map(spans_of, exporter.get_finished_spans())}
