@@ -56,6 +56,7 @@ def cases(project: Embedded, written: Embedded) -> dict[str, tuple[Answer, list[
         found[f"in process, {told}"] = (lambda request: project.get(SERVICE, request), [{KEY: row} for row in asked])
         bodies = [load.request(row) for row in asked]
         found[f"bytes to bytes, {told}"] = (lambda body: service.get_features(body, call), bodies)
+        found[f"alone, {told}"] = (lambda body: service.get_features_alone(body, call), bodies)
     at_once = entities[: TOGETHER * DIFFERENT].reshape(DIFFERENT, TOGETHER, 1)
     batches = [[load.request(row) for row in rows] for rows in at_once]
     found[f"{TOGETHER} together, 1 key"] = partial(together, service), batches

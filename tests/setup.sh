@@ -22,6 +22,10 @@ has_h2load() {
     command -v h2load >/dev/null
 }
 
+has_redis() {
+    command -v redis-server >/dev/null
+}
+
 packages=()
 need() {
     packages+=("$1")
@@ -31,6 +35,7 @@ has_postgresql || need postgresql "the registry's tests start a PostgreSQL serve
 has_java || need default-jre-headless "the tests of Spark need Java 17 or newer"
 has_valgrind || need valgrind "make counts counts instructions with it"
 has_h2load || need nghttp2-client "a million requests are sent with its h2load"
+has_redis || need redis-server "the comparison with peers asks it for its version"
 ((${#packages[@]})) || exit 0
 
 give_up() {
@@ -54,3 +59,4 @@ has_postgresql || give_up "PostgreSQL's initdb is still not to be found"
 has_java || give_up "Java 17 or newer is still not to be found${JAVA_HOME:+ in JAVA_HOME=$JAVA_HOME}"
 has_valgrind || give_up "valgrind is still not to be found"
 has_h2load || give_up "h2load is still not to be found"
+has_redis || give_up "redis-server is still not to be found"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import sys
 from collections.abc import Iterator
 from itertools import islice, product
@@ -113,7 +112,6 @@ def test_a_client_takes_orders(folder: Path, address: str) -> None:
         client.close()
 
 
-@pytest.mark.skipif(shutil.which("redis-server") is None, reason="there is no redis-server")
 def test_versions_tell_the_server_from_its_client() -> None:
     """The version of the Redis that is asked stands beside those of packages, of which redis-py is its client."""
     told = peers.versions()
