@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from datetime import datetime
 from itertools import cycle
 from types import TracebackType
@@ -84,26 +86,44 @@ OPTIONS = (
 
 
 def connect(
-    target: str, *, timeout: float = 5.0, connections: int = 1, credentials: grpc.ChannelCredentials | None = None
+    target: str,
+    *,
+    timeout: float = 5.0,
+    connections: int = 1,
+    max_concurrent: int | None = None,
+    credentials: grpc.ChannelCredentials | None = None,
 ) -> Client:
     """Return a client of the server at ``target`` ("host:port"); it connects when first used.
 
     ``timeout``: the seconds that a call may take, retries included, unless the call says otherwise. ``connections``:
-    calls go over so many in turn; a server of several workers spreads them by connection. ``credentials``: those of
-    ``grpc.ssl_channel_credentials`` for a server with TLS; plaintext without.
+    calls go over so many in turn; a server of several workers spreads them by connection. ``max_concurrent``: while so
+    many calls are under way, one more is refused at once, as Overloaded; without, those that the server's connections
+    have no room for wait until their deadline. ``credentials``: those of ``grpc.ssl_channel_credentials`` for a server
+    with TLS; plaintext without.
     """
-    return Client(target, timeout=timeout, connections=connections, credentials=credentials)
+    return Client(
+        target, timeout=timeout, connections=connections, max_concurrent=max_concurrent, credentials=credentials
+    )
 
 
 class Client:
     """A client of one server. Safe to use from several threads. Use it as a context manager, or ``close`` it."""
 
     def __init__(
-        self, target: str, *, timeout: float, connections: int, credentials: grpc.ChannelCredentials | None
+        self,
+        target: str,
+        *,
+        timeout: float,
+        connections: int,
+        max_concurrent: int | None,
+        credentials: grpc.ChannelCredentials | None,
     ) -> None:
         if connections < 1:
             raise invalid("connections", f"{connections} is less than 1")
+        if max_concurrent is not None and max_concurrent < 1:
+            raise invalid("max_concurrent", f"{max_concurrent} is less than 1")
         self._target, self._timeout = target, timeout
+        self._under_way = nullcontext() if max_concurrent is None else _Room(max_concurrent, target)
         # gRPC shares the connection of channels that are alike, unless each has its own pool.
         options = OPTIONS if connections == 1 else (*OPTIONS, ("grpc.use_local_subchannel_pool", 1))
         self._channels = [
@@ -308,7 +328,8 @@ class Client:
         method = self._next_channel().stream_unary(FULL_METHOD + name, request.SerializeToString, answer.FromString)
         failed: list[Exception] = []
         try:
-            found = method(_watched(request, messages, failed), timeout=timeout, metadata=_trace_context())
+            with self._under_way:
+                found = method(_watched(request, messages, failed), timeout=timeout, metadata=_trace_context())
         except grpc.RpcError as error:
             raise translated(error, self._target) from None
         if failed:
@@ -343,7 +364,8 @@ class Client:
 
     def _call(self, method: Callable[..., Answer], request: object, deadline: float) -> Answer:
         try:
-            return method(request, timeout=deadline - time.monotonic(), metadata=_trace_context())
+            with self._under_way:
+                return method(request, timeout=deadline - time.monotonic(), metadata=_trace_context())
         except grpc.RpcError as error:
             raise translated(error, self._target) from None
 
@@ -359,6 +381,21 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+class _Room:
+    """Room for so many calls at once; begin each in a ``with``, which raises Overloaded where there is none."""
+
+    def __init__(self, calls: int, target: str) -> None:
+        self._left = threading.Semaphore(calls)
+        self._full = f"{calls:,} calls to {target} are under way, the most of this client (max_concurrent)"
+
+    def __enter__(self) -> None:
+        if not self._left.acquire(blocking=False):
+            raise errors.Overloaded(f"{self._full}; try again later, or do without")
+
+    def __exit__(self, *_: object) -> None:
+        self._left.release()
 
 
 def _watched(kind: Any, messages: Iterable[object], failed: list[Exception]) -> Iterator[Any]:

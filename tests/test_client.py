@@ -395,3 +395,36 @@ def test_calls_are_spread_over_connections(server: Server) -> None:
             assert len(connected() - before) == 3
     with pytest.raises(InvalidRequest, match="connections: 0 is less than 1"):
         featserve.connect(server.address, connections=0)
+
+
+def test_a_client_refuses_at_once_what_is_more_than_it_may_have_under_way(server: Server) -> None:
+    """A call, or a stream, beyond ``max_concurrent`` fails while those before it wait; they are answered, and so is who
+    asks again then. A call that failed leaves room as one that was answered does.
+    """
+    full = "2 calls to .* are under way, the most of this client .max_concurrent."
+    with featserve.connect(server.address, max_concurrent=2) as client, ThreadPoolExecutor(6) as pool:
+
+        def ask(number: int) -> featserve.FeatureMatrix:
+            return client.get("wide", {"user_id": [number]}, timeout=60)
+
+        ask(1)
+        for _ in range(3):
+            with pytest.raises(UnknownName):
+                client.get("no_such", {"user_id": [1]})
+        server.signal(signal.SIGSTOP)
+        try:
+            calls = [pool.submit(ask, number) for number in range(6)]
+            until("four are refused", lambda: sum(call.done() for call in calls) == 4)
+            waiting = [call for call in calls if not call.done()]
+            assert all(isinstance(call.exception(), Overloaded) for call in calls if call not in waiting)
+            with pytest.raises(Overloaded, match=full):
+                client.write("numbers", rows([1]), event_time=NOW)
+            with pytest.raises(Overloaded, match=full):
+                client.write_messages(iter(()))
+            assert not any(call.done() for call in waiting)
+        finally:
+            server.signal(signal.SIGCONT)
+        assert [len(call.result()) for call in waiting] == [1, 1]
+        assert len(ask(3)) == 1
+    with pytest.raises(InvalidRequest, match="max_concurrent: 0 is less than 1"):
+        featserve.connect(server.address, max_concurrent=0)

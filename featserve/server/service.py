@@ -98,10 +98,9 @@ class Service:
     def get_features(self, data: bytes, call: Call) -> bytes:
         """Answer a GetFeaturesRequest; by what is known of others, where it asks for no more than they do."""
         begin(call)
-        shares, record = self.shares([data]), call.record
-        if not shares:
-            return self._alone(data, call)
-        (share,) = shares
+        share, record = self._sharing_now().share(data), call.record
+        if isinstance(share, pb.GetFeaturesRequest):
+            return self._alone(share, call)
         if record is None:
             _, (answer,) = self.get_features_together(share)
             return answer
@@ -116,16 +115,20 @@ class Service:
     def get_features_alone(self, data: bytes, call: Call) -> bytes:
         """Answer a GetFeaturesRequest that was not to be shared, or could not be answered so."""
         begin(call)
-        return self._alone(data, call)
+        return self._alone(parse(pb.GetFeaturesRequest, data), call)
 
-    def _alone(self, data: bytes, call: Call) -> bytes:
-        return self._fitting(self._features(parse(pb.GetFeaturesRequest, data), call).SerializeToString())
+    def _alone(self, request: pb.GetFeaturesRequest, call: Call) -> bytes:
+        return self._fitting(self._features(request, call).SerializeToString())
 
     def shares(self, requests: Sequence[bytes]) -> list[Share]:
         """Return the GetFeaturesRequests among these that can be answered together; none of them has expired."""
+        return self._sharing_now().shares(requests)
+
+    def _sharing_now(self) -> Sharing:
+        """Return the sharing by the plans that the engine has now."""
         if self._sharing.plans is not self.engine.plans:
             self._sharing = Sharing(self.engine.plans, self._limits.max_rows)
-        return self._sharing.shares(requests)
+        return self._sharing
 
     def get_features_together(
         self, share: Share, stages: Stages | None = None, event_times: bool = False

@@ -1,7 +1,7 @@
 """GetFeatures requests that have come at the same time: those for one service share one read of the store.
 
 Comes in: the bytes of requests. Goes out: shares, and the bytes of their answers. What asks for more than values as of
-now, or is wrong in some way, is in no share: ``Service.get_features`` answers it, or says what is wrong.
+now, or is wrong in some way, is in no share: ``Service`` answers it alone, or says what is wrong.
 """
 
 from __future__ import annotations
@@ -187,8 +187,11 @@ class Sharing:
         shares: list[Share] = []
         joined: dict[Asked, Share] = {}
         for number, data in enumerate(requests):
-            seen = self._look_up(data)
-            if seen is None:
+            try:
+                seen = self._look_up(data)
+            except FeatserveError:
+                continue
+            if isinstance(seen, pb.GetFeaturesRequest):
                 continue
             asked, keys = seen
             share = joined.get(asked)
@@ -200,19 +203,25 @@ class Sharing:
             share.keys.append(keys)
         return shares
 
-    def _look_up(self, data: bytes) -> tuple[Asked, EntityKeys | Integers] | None:
-        """Return what a request asks for, and its keys. None where it is to be answered alone."""
+    def share(self, data: bytes) -> Share | pb.GetFeaturesRequest:
+        """Return the share of one request, or what it says, where it is to be answered alone; raises as ``parse``."""
+        seen = self._look_up(data)
+        return seen if isinstance(seen, pb.GetFeaturesRequest) else Share(seen[0], [0], [seen[1]])
+
+    def _look_up(self, data: bytes) -> tuple[Asked, EntityKeys | Integers] | pb.GetFeaturesRequest:
+        """Return what a request asks for, and its keys; all that it says, where it is to be answered alone."""
         if (known := self._seen.get(len(data))) is not None:
             size, heads = known
             if (seen := heads.get(data[:size])) is not None:
                 return seen[0], Integers(data[size:], seen[1])
+        request: pb.GetFeaturesRequest = parse(pb.GetFeaturesRequest, data)
         try:
-            return self._parse(data)
+            asked = self._asked_by(request, data)
         except FeatserveError:
-            return None
+            asked = None  # whoever answers it alone then says what is wrong
+        return request if asked is None else asked
 
-    def _parse(self, data: bytes) -> tuple[Asked, EntityKeys | Integers] | None:
-        request = parse(pb.GetFeaturesRequest, data)
+    def _asked_by(self, request: pb.GetFeaturesRequest, data: bytes) -> tuple[Asked, EntityKeys | Integers] | None:
         plan = self.plans.service(request.service)
         if plan.steps or _asks_more(request):
             return None
