@@ -125,8 +125,9 @@ def main() -> None:
                 prepare(folder, loaded=name != "bulk_load")
             before = report.machine()
             figures = measure(folder)
-            report.show(title, figures)
-            report.keep(name, title, figures, before)
+            machine = report.until_now(before)
+            report.show(f"{title}\n  ({report.told_stolen(machine)})", figures)
+            report.keep(name, title, figures, machine)
     print(f"\nKept in {report.RESULTS.relative_to(ROOT)}; `python -m bench --show` prints all that is kept")
 
 

@@ -14,6 +14,8 @@ from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from featserve.load_test.histogram import Histogram, samples_needed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,8 +91,31 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "load_average": os.getloadavg(),
+        "processors_s": _processors_s(),
         "packages": {name: version(name) for name in PACKAGES},
     }
+
+
+def until_now(machine: dict[str, Any]) -> dict[str, Any]:
+    """Return ``machine`` of before, with the part of its processors that was ``stolen`` since: that its host gave to
+    others, which no load average tells.
+    """
+    (stolen_before, all_before), (stolen, all_) = machine["processors_s"], _processors_s()
+    return machine | {"stolen": (stolen - stolen_before) / max(all_ - all_before, 1e-9)}
+
+
+def told_stolen(machine: dict[str, Any]) -> str:
+    """Return how much of the processors the machine's host kept for others while something was measured."""
+    if "stolen" not in machine:
+        return "what the machine's host stole is not known"  # of a file of before
+    return f"{100 * machine['stolen']:.2g} % of the processors stolen by the machine's host"
+
+
+def _processors_s() -> tuple[float, float]:
+    """Return the seconds of processor time that were stolen since the machine was started, and those of all."""
+    times = psutil.cpu_times()._asdict()
+    guests = times.get("guest", 0.0) + times.get("guest_nice", 0.0)  # which count among user and nice, too
+    return times.get("steal", 0.0), sum(times.values()) - guests
 
 
 def commit_of(machine: dict[str, Any]) -> str:
@@ -113,10 +138,10 @@ def write(measured: Any, path: Path) -> None:
     path.write_text(json.dumps(measured, indent=2, default=asdict_of) + "\n", encoding="utf-8")
 
 
-def keep(name: str, title: str, figures: Sequence[Figure], before: dict[str, Any], path: Path = RESULTS) -> None:
-    """Keep what a benchmark measured, in the place of what it measured before. ``before``: the machine at its start."""
+def keep(name: str, title: str, figures: Sequence[Figure], machine: dict[str, Any], path: Path = RESULTS) -> None:
+    """Keep what a benchmark measured on a machine, in the place of what it measured before."""
     kept = {entry["name"]: entry for entry in kept_results(path)}
-    kept[name] = {"name": name, "title": title, "machine": before, "figures": figures}
+    kept[name] = {"name": name, "title": title, "machine": machine, "figures": figures}
     write(list(kept.values()), path)
 
 
@@ -131,7 +156,8 @@ def show_kept(path: Path = RESULTS) -> None:
         machine = entry["machine"]
         told = (
             f"{machine['at'][:16]} UTC, commit {commit_of(machine)}; {machine['cpus']} CPUs, {machine['cpu']}, "
-            f"{machine['system']}, Python {machine['python']}; load average {machine['load_average'][0]:.1f}"
+            f"{machine['system']}, Python {machine['python']}; load average {machine['load_average'][0]:.1f}, "
+            f"{told_stolen(machine)}"
         )
         figures = [{key: value for key, value in figure.items() if key != "verdict"} for figure in entry["figures"]]
         show(f"{entry['title']}\n  ({told})", [Figure(**figure) for figure in figures])

@@ -218,18 +218,21 @@ def test_ratios_and_page_come_from_the_cells(tmp_path: Path) -> None:
     assert [figure.verdict for figure in found] == ["PASS", "PASS"]
     assert found[0].value == pytest.approx(0.1)
     machine = {"at": "now", "cpus": 2, "cpu": "fast", "python": "3.11", "load_average": (0.1,), "commit": "0123abcdef"}
+    machine["stolen"] = 0.042
     told = {"machine": machine, "versions": {"redis": "7"}, "missing": {"Feast, HTTP": "no such package"}}
     path = page.write(tmp_path, cells, found, told | {"entities": 9, "feast_entities": 3}, Length(1, 1, 1, 1))
     text = path.read_text(encoding="utf-8")
     assert "\n| featserve, in process | 10.0 / " in text
     assert "**Not measured: Feast, HTTP.** no such package" in text
     assert "commit 0123abcde, on 2 CPUs" in text
+    assert "4.2 % of the processors stolen" in text
     assert (tmp_path / page.PLOT).stat().st_size > 1_000
 
 
 def test_what_is_kept_names_its_commit_and_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What is shown later of a benchmark says when it ran, of which commit and with what changes, and where."""
-    path, machine = tmp_path / "latest.json", report.machine()
+    path, machine = tmp_path / "latest.json", report.until_now(report.machine())
+    assert 0 <= machine["stolen"] <= 1
     for changed, told in ((True, ", with changes;"), (False, ";")):
         report.keep("one", "One", [report.Figure("rate", 5.0, "req/s", 4.0)], machine | {"changed": changed}, path)
         report.show_kept(path)

@@ -57,7 +57,7 @@ def main() -> int:
         missing |= ended
         if not cells:
             raise SystemExit(f"nothing could be measured: {missing}")
-    told: dict[str, Any] = {"machine": machine, "versions": versions(), "missing": missing}
+    told: dict[str, Any] = {"machine": report.until_now(machine), "versions": versions(), "missing": missing}
     told |= {"entities": project.ENTITIES, "feast_entities": FEAST_ENTITIES}
     found = targets.figures(cells)
     show(cells, found, missing)

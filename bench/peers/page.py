@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure as Drawing
 
 from bench.peers.rounds import KEYS, Cell, Cells, Length
-from bench.report import ROOT, Figure, commit_of, number
+from bench.report import ROOT, Figure, commit_of, number, told_stolen
 
 PLOT = "benchmarks.svg"
 METHOD = """\
@@ -68,8 +68,9 @@ def _lines(cells: Cells, targets: list[Figure], told: dict[str, Any], length: Le
         f"Measured at {machine['at']}, commit {commit_of(machine)}, on {machine['cpus']} CPUs, {machine['cpu']}, "
         f"with Python {machine['python']}, {versions}, in {length.rounds} rounds. "
         f"The load average before was {machine['load_average'][0]:.1f}"
-        f"{', so others were at work: trust no figure by itself' if machine['load_average'][0] > 1 else ''}. Absolute "
-        "times are this machine's; ratios carry further."
+        f"{', so others were at work: trust no figure by itself' if machine['load_average'][0] > 1 else ''}; "
+        f"{told_stolen(machine)} meanwhile. "
+        "Absolute times are this machine's; ratios carry further."
     )
     for name, why in told["missing"].items():
         yield from _filled(f"**Not measured: {name}.** {why.replace(f'{ROOT}/', '').strip().splitlines()[0]}")
