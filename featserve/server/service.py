@@ -99,7 +99,7 @@ class Service:
         """Answer a GetFeaturesRequest; by what is known of others, where it asks for no more than they do."""
         begin(call)
         share, record = self._sharing_now().share(data), call.record
-        if isinstance(share, pb.GetFeaturesRequest):
+        if not isinstance(share, Share):
             return self._alone(share, call)
         if record is None:
             _, (answer,) = self.get_features_together(share)

@@ -191,7 +191,7 @@ class Sharing:
                 seen = self._look_up(data)
             except FeatserveError:
                 continue
-            if isinstance(seen, pb.GetFeaturesRequest):
+            if not isinstance(seen, tuple):  # dearer to ask for the message, which it seldom is
                 continue
             asked, keys = seen
             share = joined.get(asked)
@@ -206,7 +206,7 @@ class Sharing:
     def share(self, data: bytes) -> Share | pb.GetFeaturesRequest:
         """Return the share of one request, or what it says, where it is to be answered alone; raises as ``parse``."""
         seen = self._look_up(data)
-        return seen if isinstance(seen, pb.GetFeaturesRequest) else Share(seen[0], [0], [seen[1]])
+        return Share(seen[0], [0], [seen[1]]) if isinstance(seen, tuple) else seen
 
     def _look_up(self, data: bytes) -> tuple[Asked, EntityKeys | Integers] | pb.GetFeaturesRequest:
         """Return what a request asks for, and its keys; all that it says, where it is to be answered alone."""
