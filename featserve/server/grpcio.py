@@ -28,6 +28,7 @@ from featserve.server.meter import Load
 from featserve.server.service import READS, SERVICE_NAME, WRITE_STREAMS, WRITES, Call, Service, WriteStream
 from featserve.server.status import DETAILS_KEY, code_of, failed
 from featserve.server.telemetry import Telemetry
+from featserve.server.unseen import Unseen
 from featserve.store.follow import Behind
 from featserve.tls import Certificates
 
@@ -73,8 +74,11 @@ class GrpcioServer:
         self._config = config
         self._default_deadline_s = config.default_deadline_ms / 1_000
         self._time_limit = TimeLimit(self._default_deadline_s)
-        self._most_bytes, self._most_calls, self._taken = config.max_message_mb << 20, config.max_concurrent, 0
-        self._beside, self._for_workers, self.shed = beside, for_workers, 0
+        self._most_bytes, self._most_calls = config.max_message_mb << 20, config.max_concurrent
+        self._beside, self._for_workers = beside, for_workers
+        self._methods = _Methods(self._handlers())
+        self._seen = self._refused = 0
+        self._unseen: Unseen | None = None
         self.turn_ns = None
         telemetry.count(self)
         self._writer = ThreadPoolExecutor(1, "featserve-writer")
@@ -88,6 +92,17 @@ class GrpcioServer:
     def active(self) -> int:
         """How many calls are under way."""
         return len(self.under_way)
+
+    @property
+    def shed(self) -> int:
+        """How many calls were refused as too many were under way, or ended by gRPC as too many waited for that."""
+        return self._refused + (0 if self._unseen is None else self._unseen.ended)
+
+    def look(self) -> None:
+        """Look how many calls gRPC has ended by itself; in turns of the event loop, every now and then."""
+        if self._unseen is not None:
+            # One over ``maximum_concurrent_rpcs`` is looked up, but its handler is not called.
+            self._unseen.look(self._seen + self._methods.others, idle=not self.under_way)
 
     async def start(self, host: str, port: int, *, reuse_port: bool = False) -> int:
         """Listen, with TLS where the settings say so; return the port.
@@ -120,6 +135,7 @@ class GrpcioServer:
                 ("grpc.max_receive_message_length", self._most_bytes),
                 ("grpc.max_send_message_length", self._most_bytes),
                 ("grpc.so_reuseport", int(reuse_port)),
+                ("grpc.enable_channelz", 1),
                 # What the event loop cannot even take on in time to refuse it, gRPC ends itself, as CANCELLED.
                 ("grpc.server.max_pending_requests", self._most_calls),
                 ("grpc.server.max_pending_requests_hard_limit", self._most_calls),
@@ -127,8 +143,9 @@ class GrpcioServer:
             # Bounds what ``_counted`` does not: health, reflection, and calls that are being refused.
             maximum_concurrent_rpcs=2 * self._most_calls,
         )
+        self._unseen = Unseen(self._most_calls)
         names = (SERVICE_NAME, HEALTH_NAME, reflection.SERVICE_NAME)
-        server.add_generic_rpc_handlers((self._handlers(),))
+        server.add_generic_rpc_handlers((self._methods,))
         only_generic: Any = _OnlyGeneric(server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, only_generic)
         reflected: Any = reflection.aio.ReflectionServicer(names)
@@ -141,8 +158,8 @@ class GrpcioServer:
         # Stopping would end, as CANCELLED, what has arrived and waits in gRPC's backlog: that is taken on first.
         loop = asyncio.get_running_loop()
         began, before = loop.time(), -1
-        while before != self._taken and loop.time() < began + min(seconds, MAX_SETTLING_S):
-            before = self._taken
+        while before != self._seen and loop.time() < began + min(seconds, MAX_SETTLING_S):
+            before = self._seen
             await asyncio.sleep(QUIET_S)
         await self.stop(seconds)
 
@@ -153,9 +170,10 @@ class GrpcioServer:
     async def stop(self, seconds: float) -> None:
         """End: let calls in flight finish for up to ``seconds``."""
         await self._server.stop(seconds)
+        self._refused, self._unseen = self.shed, None  # gRPC does not tell of a server that has ended
         self._writer.shutdown()
 
-    def _handlers(self) -> grpc.GenericRpcHandler:
+    def _handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
         # To the adapter every request is a stream, so that a call counts before its message is read.
         service = self._service
         handlers: dict[str, Any] = {
@@ -176,7 +194,7 @@ class GrpcioServer:
                 )
                 for name in FORWARDED
             }
-        return _Methods(handlers)
+        return handlers
 
     def _counted(
         self, name: str, handle: Callable[[Context], Awaitable[Answer]]
@@ -184,12 +202,12 @@ class GrpcioServer:
         """Return the handler of a method: ``handle``, unless too many calls are under way; errors as statuses."""
 
         async def counted(requests: object, context: Context) -> Answer:
+            self._seen += 1
             if self.refusing:
                 await self._refuse(name, context, stopping(), AWAY)
             if self.active + (0 if self._beside is None else self._beside.active) >= self._most_calls:
-                self.shed += 1
+                self._refused += 1
                 await self._refuse(name, context, overloaded(self._most_calls))
-            self._taken += 1
             task = asyncio.current_task()
             assert task is not None
             self.under_way.add(task)
@@ -287,14 +305,17 @@ class _OnlyGeneric:
 
 
 class _Methods(grpc.GenericRpcHandler):
-    """The methods of the service, by name; keeps the metadata of each call."""
+    """The methods of the service, by name; keeps each call's metadata. ``others``: calls so far that are none of them."""
 
     def __init__(self, handlers: Mapping[str, grpc.RpcMethodHandler[Any, Any]]) -> None:
+        self.others = 0
         self._handlers = {f"/{SERVICE_NAME}/{name}": handler for name, handler in handlers.items()}
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
         METADATA.set(handler_call_details.invocation_metadata)
-        return self._handlers.get(handler_call_details.method)
+        handler = self._handlers.get(handler_call_details.method)
+        self.others += handler is None
+        return handler
 
 
 class Health(health_pb2_grpc.HealthServicer):

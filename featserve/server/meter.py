@@ -75,7 +75,10 @@ class Load(Protocol):
     @property
     def turn_ns(self) -> int | None: ...
 
-    shed: int
+    @property
+    def shed(self) -> int: ...
+
+    def look(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -142,6 +145,7 @@ class Meter:
         """
         self.loop_delay.add(max(now_ns - due_ns, 0))
         for load in self.loads:
+            load.look()
             if (turn_ns := load.turn_ns) is not None:
                 self.loop_delay.add(max(now_ns - turn_ns, 0) if turn_ns else 0)
 

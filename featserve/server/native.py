@@ -123,6 +123,9 @@ class NativeServer:
         """How many calls are under way."""
         return len(self._reads) + len(self._late) + len(self._writes) + self._writing
 
+    def look(self) -> None:
+        """Nothing is refused that this does not know of; the server behind is looked at by itself."""
+
     async def start(self, host: str, port: int, *, reuse_port: bool = False) -> int:
         """Listen; return the port. Raises ServingError where the address cannot be had."""
         paths = [(f"/{SERVICE_NAME}/{name}", False) for name, _ in self._methods]

@@ -45,6 +45,8 @@ pytest_plugins = ["tests.served"]
 
 DASHBOARD = ROOT / "dashboards" / "featserve.json"
 DURATION = "rpc_server_call_duration_seconds"
+LOOKS = "featserve_event_loop_delay_seconds_count"
+"""How often a server looked what its event loop is at, and what gRPC ended by itself."""
 SERVICE = "featserve.v1.FeatureServingService"
 
 
@@ -183,6 +185,29 @@ def test_writes_and_the_store_are_counted(counted: Server) -> None:
     }  # fmt: skip
 
 
+def test_every_call_that_is_refused_as_too_many_is_counted(transport: str, tmp_path: Path) -> None:
+    """Of calls that all come at once those without an answer count as shed, whoever ended them; others never do."""
+    with watched(tmp_path / "p", transport, {"max_concurrent": 8}, prometheus_port=0) as server, server.stub() as stub:
+
+        def shed() -> float:
+            return value(scrape(server), "featserve_requests_shed_total")
+
+        for _ in range(50):
+            stub.GetFeatures(wide(1))
+        assert shed() == 0
+        calls = [stub.GetFeatures.future(wide(1), timeout=PATIENCE_S) for _ in range(2_000)]
+        refused = Counter(call.code() for call in calls if call.exception() is not None)
+        assert set(refused) <= {grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.CANCELLED}
+        assert sum(refused.values()) > 100
+        until("all are counted", lambda: shed() == sum(refused.values()))
+        looked, before = set(), value(scrape(server), LOOKS)
+        while value(found := scrape(server), LOOKS) < before + 20:
+            looked.add(value(found, "featserve_requests_shed_total"))
+            for _ in range(20):
+                stub.GetFeatures(wide(1))
+        assert looked == {sum(refused.values())}
+
+
 def test_pushed_events_are_counted_by_what_became_of_them(counted: Server) -> None:
     """An event that counts, one whose id was there, one that is late and one without a key are told apart by source."""
     before = scrape(counted)
@@ -217,8 +242,8 @@ def test_the_caches_of_a_store_count_hits_and_misses(tmp_path: Path) -> None:
 
 def test_the_delay_of_the_event_loop_is_looked_at(counted: Server) -> None:
     """The event loop's delay is looked at again and again, whether there are requests or not."""
-    before = value(scrape(counted), "featserve_event_loop_delay_seconds_count")
-    until("it was looked at", lambda: value(scrape(counted), "featserve_event_loop_delay_seconds_count") > before + 3)
+    before = value(scrape(counted), LOOKS)
+    until("it was looked at", lambda: value(scrape(counted), LOOKS) > before + 3)
 
 
 def test_a_delay_of_who_answers_is_counted(transport: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
