@@ -305,7 +305,7 @@ class _OnlyGeneric:
 
 
 class _Methods(grpc.GenericRpcHandler):
-    """The methods of the service, by name; keeps each call's metadata. ``others``: calls so far that are none of them."""
+    """The methods of the service, by name; keeps each call's metadata. ``others``: calls that are none of them."""
 
     def __init__(self, handlers: Mapping[str, grpc.RpcMethodHandler[Any, Any]]) -> None:
         self.others = 0
