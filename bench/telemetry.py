@@ -53,7 +53,10 @@ from featserve.types import Array
 
 ENTITIES = 100_000
 TRANSPORTS = ("native", "grpcio")
+ASKED = {"1 key": (1, 0), "100 keys": (100, 0), "1 key, not there": (0, 1), "100 keys, ten not there": (90, 10)}
+"""How many keys of a request have a row, and how many do not, which is counted otherwise."""
 KEYS = (1, 100)
+"""Of requests in process."""
 TARGET = 0.97
 LOADS, LOAD_S, STARTING_S, TURN_S, BLOCK = 8, 10.0, 0.5, 0.05, 10
 """How often a server is loaded, for how long, how long that is left alone at first, the length of a turn, and the
@@ -110,7 +113,7 @@ class Listening:
 
 
 def measure(folder: Path) -> list[Figure]:
-    """Load a server with 1 and 100 keys a request; the figures are ratios to it while it tells nothing."""
+    """Load a server with requests of each kind; the figures are ratios to it while it tells nothing."""
     figures = []
     folder = folder / "telemetry"
     if not (folder / ".featserve" / "store").is_dir():
@@ -120,9 +123,11 @@ def measure(folder: Path) -> list[Figure]:
         endpoint = f"http://{collector.address}"
         for name in TRANSPORTS:
             with servers.on(servers.shared_out()[0]), listening(opened, name, endpoint) as server:
-                for keys in KEYS:
-                    body = next(load.bodies(keys, ENTITIES, 1))
-                    figures += compare(f"{name}, {keys} {'key' if keys == 1 else 'keys'}", *in_turns(server, body))
+                for told, (there, missing) in ASKED.items():
+                    entities = np.random.default_rng(1).integers(0, ENTITIES, there + missing)
+                    entities[there:] += ENTITIES
+                    body = load.framed(load.request(entities))
+                    figures += compare(f"{name}, {told}", *in_turns(server, body))
                 figures.append(Figure("  metrics, read once", server.kinds[METRICS].scrape_s() * 1e3, "ms"))
         for keys in KEYS:
             figures += with_no_server(opened, keys, endpoint)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Lock
 from typing import Protocol
 
@@ -83,15 +83,30 @@ class Load(Protocol):
 
 @dataclass(slots=True)
 class _Noted:
-    """Requests of a service that are not counted yet: rows of those that shared a read, and nanoseconds of each.
+    """Requests of a service that are not counted yet: nanoseconds of each, and the rows of those that shared a read.
 
-    Numbers and nothing else, as what is kept is no longer in the processor's cache when it is counted; and lists, as to
-    append to one needs no lock.
+    ``rows``: how many, where all were there and held no null; else their ``statuses``, and how many values were
+    ``valid``, both view by view. Numbers and few bytes, as what is kept is no longer in the processor's cache when it
+    is counted; and lists, as to append to one needs no lock.
     """
 
-    plan: ReadPlan
-    rows: list[int]
-    took_ns: list[int]
+    durations: Buckets
+    tally: Tally
+    took_ns: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    valid: list[list[int]] = field(default_factory=list)
+    statuses: list[bytes] = field(default_factory=list)
+
+    def count(self) -> None:
+        """Count what was noted so far; what others note meanwhile stays."""
+        took_ns, rows, parts = len(self.took_ns), len(self.rows), len(self.statuses)
+        self.durations.add_all(np.array(self.took_ns[:took_ns], np.int64))
+        self.tally.rows += sum(self.rows[:rows])
+        if parts:
+            valid = list(map(sum, zip(*self.valid[:parts], strict=True)))
+            statuses = np.frombuffer(b"".join(self.statuses[:parts]), np.uint8).reshape(-1, len(valid))
+            self.tally.add_rows(statuses, valid)
+        del self.took_ns[:took_ns], self.rows[:rows], self.statuses[:parts], self.valid[:parts]
 
 
 class Meter:
@@ -119,7 +134,7 @@ class Meter:
         self.ages_every_ns, self._of_workers = ages_every_ns, of_workers
         self._counted: dict[tuple[str, str, str], tuple[Buckets, Tally | None]] = {}
         self._noted: dict[tuple[str, str], _Noted] = {}
-        """Requests for rows that were all there and held no null, by method and hash of the service."""
+        """Requests that were answered, by method and hash of the service."""
 
     @property
     def durations(self) -> Mapping[tuple[str, str, str], Buckets]:
@@ -151,12 +166,16 @@ class Meter:
 
     def add(self, method: str, code: str, begun_ns: int, ended_ns: int, record: Record) -> None:
         """Count a request that began and ended at these readings of a stopwatch, with the name of its status code."""
-        plan = record.plan
-        if record.whole is not None and code == "OK" and plan is not None and not self._of_workers:
-            noted = self._noted_of(method, plan)
-            noted.rows.append(record.whole)
-            noted.took_ns.append(ended_ns - begun_ns)
-            return
+        plan, matrix = record.plan, record.matrix
+        if plan is not None and code == "OK" and not self._of_workers:
+            if record.whole is not None:
+                noted = self._noted_of(method, plan)
+                noted.rows.append(record.whole)
+                noted.took_ns.append(ended_ns - begun_ns)
+                return
+            if matrix is not None and matrix.valid is not None and not record.ages:
+                self._note(method, plan, matrix).append(ended_ns - begun_ns)
+                return
         with self._lock:
             if record.written is not None:
                 rows = self.written.setdefault(record.view, [0, 0])
@@ -168,11 +187,11 @@ class Meter:
                 return
             durations, tally = self._counters(method, code, plan)
             durations.add(ended_ns - begun_ns)
-            if record.matrix is not None and tally is not None:
-                tally.add(record.matrix)
+            if matrix is not None and tally is not None:
+                tally.add(matrix)
                 if record.ages:
                     self.ages_due_ns = begun_ns + self.ages_every_ns
-                    self._add_ages(record.matrix, record.now_us)
+                    self._add_ages(matrix, record.now_us)
 
     def refuse(self, method: str, code: str) -> None:
         """Count a request that was refused before anything of it was done, and so in no time."""
@@ -195,6 +214,10 @@ class Meter:
         self, method: str, share: Share, matrix: FeatureMatrix, ended_ns: int, begun_ns: Sequence[int]
     ) -> None:
         """Count requests of a share that were answered with these rows; see ``note_together``."""
+        if matrix.event_times is None and matrix.valid is not None:
+            took_ns = self._note(method, share.asked.plan, matrix)
+            took_ns += [ended_ns - begun_ns[number] for number in share.numbers]
+            return
         with self._lock:
             durations, tally = self._counters(method, "OK", share.asked.plan)
             durations.add_all(np.array([ended_ns - begun_ns[number] for number in share.numbers]))
@@ -204,26 +227,32 @@ class Meter:
                 self.ages_due_ns = ended_ns + self.ages_every_ns
                 self._add_ages(matrix, share.now_us)
 
+    def _note(self, method: str, plan: ReadPlan, matrix: FeatureMatrix) -> list[int]:
+        """Note rows of which some are not there, or hold a null; return where it is to be noted how long they took."""
+        noted = self._noted_of(method, plan)
+        assert matrix.valid is not None
+        noted.valid.append(noted.tally.valid(matrix.valid))
+        noted.statuses.append(matrix.view_status.tobytes())
+        return noted.took_ns
+
     def _noted_of(self, method: str, plan: ReadPlan) -> _Noted:
         """Return where a request is noted, without the lock; what is there is counted first where it is much."""
         key = method, plan.schema.hash
         noted = self._noted.get(key)
         if noted is None:
-            return self._noted.setdefault(key, _Noted(plan, [], []))
+            with self._lock:
+                durations, tally = self._counters(method, "OK", plan)
+                assert tally is not None
+                return self._noted.setdefault(key, _Noted(durations, tally))
         if len(noted.took_ns) >= MOST_NOTED:
             with self._lock:
                 self._count_noted()
         return noted
 
     def _count_noted(self) -> None:
-        """Count what was noted, under the lock; what is noted meanwhile stays."""
-        for (method, _), noted in self._noted.copy().items():
-            took_ns, rows = np.array(noted.took_ns, np.int64), noted.rows.copy()
-            del noted.took_ns[: len(took_ns)], noted.rows[: len(rows)]
-            durations, tally = self._counters(method, "OK", noted.plan)
-            assert tally is not None
-            durations.add_all(took_ns)
-            tally.rows += sum(rows)
+        """Count what was noted, under the lock."""
+        for noted in self._noted.values():
+            noted.count()
 
     def _counters(self, method: str, code: str, plan: ReadPlan | None) -> tuple[Buckets, Tally | None]:
         """Return what counts the requests of a method, code and service."""

@@ -6,10 +6,16 @@ value is null, costs one look at a flag: ``engine.fill`` gives an answer ``valid
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from featserve.matrix import FeatureMatrix, Status
 from featserve.plan import Place, ReadPlan
+from featserve.types import Array, Mask
+
+FEW = 128
+"""Values that are counted faster as bytes than by NumPy."""
 
 
 class Tally:
@@ -28,18 +34,30 @@ class Tally:
 
     def add(self, matrix: FeatureMatrix) -> None:
         """Count the rows of an answer."""
-        status, valid = matrix.view_status, matrix.valid
-        rows = len(status)
-        self.rows += rows
-        if valid is None:
-            return
-        for i, targets in enumerate(self._targets):
+        if matrix.valid is None:
+            self.rows += len(matrix)
+        else:
+            self.add_rows(matrix.view_status, self.valid(matrix.valid))
+
+    def valid(self, valid: Mask) -> list[int]:
+        """Return how many values of each view are not null. ``valid``: rows x features."""
+        counts = []
+        for targets in self._targets:
+            values = valid[:, targets]
+            few = values.size <= FEW  # for which NumPy takes a microsecond where it is in no cache
+            counts.append(values.tobytes().count(1) if few else int(np.count_nonzero(values)))
+        return counts
+
+    def add_rows(self, status: Array, valid: Sequence[int]) -> None:
+        """Count rows. ``status``: uint8, rows x views. ``valid``: how many values of each view are not null."""
+        self.rows += len(status)
+        for i, (targets, values) in enumerate(zip(self._targets, valid, strict=True)):
             column = status[:, i].tobytes()
             not_found, expired = column.count(Status.NOT_FOUND), column.count(Status.EXPIRED)
             self.not_found[i] += not_found
             self.expired[i] += expired
-            held = (rows - not_found - expired) * _size(targets)  # of a row that a view does not have none is valid
-            self.nulls[i] += held - int(np.count_nonzero(valid[:, targets]))
+            # Of a row that a view does not have none is valid.
+            self.nulls[i] += (len(status) - not_found - expired) * _size(targets) - values
 
 
 def _size(place: Place) -> int:

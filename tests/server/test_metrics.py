@@ -30,7 +30,7 @@ from featserve.project import load_definitions
 from featserve.server import meter as meter_module
 from featserve.server.meter import AGE_US, DELAY_NS, LATENCY_NS, MS, Buckets, Meter
 from featserve.server.service import Call, Record
-from featserve.server.tally import Tally
+from featserve.server.tally import FEW, Tally
 from featserve.server.telemetry import Telemetry
 from featserve.server.together import Asked, Share
 from featserve.store import open_store
@@ -460,6 +460,33 @@ def test_what_is_noted_is_counted_when_it_is_looked_at(
     counts, expected = ({key: (b.counts, b.sum) for key, b in m.durations.items()} for m in (shared, alone))
     assert counts == expected
     assert len(counts) == 2
+
+
+def test_rows_with_nulls_are_counted_as_one_by_one(
+    plans: dict[str, ReadPlan], monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    """Answers of which some rows are not there, or hold a null, are counted, few values and many."""
+    monkeypatch.setattr(meter_module, "MOST_NOTED", 50)
+    plan, meter, expected = plans["ranking"], Meter(), Tally(plans["ranking"])
+    sizes = []
+    for i in range(300):
+        matrix = replace(random_matrix(plan, rng, plain=False), event_times=None)
+        sizes.append(len(matrix) * len(plan.schema.features))
+        expected.add(matrix)
+        if rng.random() < 0.5:
+            record = Record()
+            record.plan, record.matrix = plan, matrix
+            meter.add("GetFeatures", "OK", 5, 6, record)
+        else:
+            meter.add_together("GetFeatures", Share(Asked(plan), [0], [], len(matrix)), matrix, 6, [5])
+        if i % 70 == 0:
+            assert meter.tallies[plan.schema.hash].rows == expected.rows
+    (found,) = meter.tallies.values()
+    assert [found.rows, found.not_found, found.expired, found.nulls] == [
+        expected.rows, expected.not_found, expected.expired, expected.nulls
+    ]  # fmt: skip
+    assert sum(meter.durations["GetFeatures", plan.schema.hash, "OK"].counts) == 300
+    assert min(sizes) < FEW < max(sizes) / len(plan.views)
 
 
 def test_ages_are_those_of_the_rows_that_were_served(plans: dict[str, ReadPlan], rng: np.random.Generator) -> None:
