@@ -34,6 +34,8 @@ class DuckDBEngine:
     def find(self, labels: Any, scans: Sequence[Scan], folder: Path, progress: Callable[[str], None]) -> Iterator[Any]:
         with duckdb.connect(config={**self._config, "temp_directory": str(folder / "spill")}) as connection:
             connection.execute("SET enable_progress_bar = false")
+            # A file's statistics leave NaN out, and DuckDB 2.0 takes ISNAN for false where they do not show it.
+            connection.execute("SET disabled_optimizers = 'statistics_propagation'")
             connection.register("labels", labels)
             last_us = int(labels.column("_time").to_numpy().max(initial=-(2**63)))
             for scan in scans:
