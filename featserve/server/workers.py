@@ -373,16 +373,24 @@ def reserved(host: str, port: int) -> Iterator[int]:
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        with socket.socket(family) as alone:
-            # Only this finds a server that shares its port, too.
-            alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            alone.bind(address)
-            alone.listen()
+        with _bound(family, address) as alone:
+            alone.listen()  # only this finds a server that shares its port, too
             taken: int = alone.getsockname()[1]
-        held = socket.socket(family)
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        held.bind((address[0], taken, *address[2:]))
+        held = _bound(family, (address[0], taken, *address[2:]), socket.SO_REUSEPORT)
     except OSError as error:
         raise ServingError(f"cannot listen on {host}:{port}: {error}. Choose another [server] port") from None
     with held:
         yield taken
+
+
+def _bound(family: int, address: Any, *options: int) -> socket.socket:
+    """Return a socket with an address. What is left of the connections of a server that ended is in nobody's way."""
+    bound = socket.socket(family)
+    try:
+        for option in (socket.SO_REUSEADDR, *options):
+            bound.setsockopt(socket.SOL_SOCKET, option, 1)
+        bound.bind(address)
+    except OSError:
+        bound.close()
+        raise
+    return bound

@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -48,6 +49,20 @@ def make(folder: Path, transport: str, store: dict[str, Any] | None = None, **se
     caches = {"block_cache_mb": 8, "row_cache_mb": 3}
     project.configure(store=caches | (store or {}), server={"port": 0, "workers": 2} | TRANSPORTS[transport] | server)
     return project
+
+
+def test_connections_of_a_server_that_has_ended_leave_the_port(transport: str, tmp_path: Path) -> None:
+    """Workers take a port on which another server, which shared it with nobody, closed connections a moment ago."""
+    with socket.create_server(("127.0.0.1", 0)) as ended:
+        port = ended.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            ended.accept()[0].close()
+            assert client.recv(1) == b""
+    left = [s for s in psutil.net_connections("tcp") if s.laddr[1:] == (port,) and s.status == psutil.CONN_TIME_WAIT]
+    assert left, "nothing was left of the connection: the test shows nothing"
+    with Server(make(tmp_path, transport, port=port)) as server, server.stub() as stub:
+        assert server.port == port
+        assert stub.GetFeatures(wide(1)).rows == 1
 
 
 @pytest.fixture(scope="module")
