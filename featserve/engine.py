@@ -212,8 +212,9 @@ def _stored(answer: _Answer, i: int, view: ViewRead, found: list[bytes | None], 
             answer.times[:, i] = decoded.times()[0]
         return decoded, True
     codec.check_heads(decoded, rows)
-    hidden = _hide(answer, i, view, found, decoded, now_us)
-    if hidden.any():
+    absent = np.array([row is None for row in found])
+    hidden = _hide(answer, i, view, absent, decoded, now_us)
+    if np.count_nonzero(hidden) > np.count_nonzero(absent):
         decoded = codec.decode([codec.absent if h else r for r, h in zip(rows, hidden.tolist(), strict=True)])
     return decoded, False
 
@@ -259,11 +260,10 @@ def _are_ordinary(decoded: Rows, view: ViewRead, now_us: int) -> bool:
     return not np.count_nonzero(decoded.fixed["words"] - lowest > span)
 
 
-def _hide(answer: _Answer, i: int, view: ViewRead, found: list[bytes | None], decoded: Rows, now_us: int) -> Mask:
+def _hide(answer: _Answer, i: int, view: ViewRead, absent: Mask, decoded: Rows, now_us: int) -> Mask:
     """Note why rows are not visible; return which are not, bool of shape (n,)."""
     event, known = decoded.times()
-    gone = (event > now_us) | (known > now_us)
-    gone |= np.fromiter((row is None for row in found), np.bool_, len(found))
+    gone = (event > now_us) | (known > now_us) | absent
     hidden = gone if view.ttl_us is None else gone | (event < now_us - view.ttl_us)
     answer.status[hidden, i] = Status.EXPIRED
     answer.status[gone, i] = Status.NOT_FOUND

@@ -137,11 +137,13 @@ class RocksStore:
         state = cache.state
         rows = cache.get(keys)
         if None in rows:
-            missed = list({key: None for key, row in zip(keys, rows, strict=True) if row is None})
+            places = [i for i, row in enumerate(rows) if row is None]
+            missed = list(dict.fromkeys(map(keys.__getitem__, places)))
             read = self._read(missed)
             cache.add(missed, read, state)
             found = dict(zip(missed, read, strict=True))
-            rows = [found[key] if row is None else row for key, row in zip(keys, rows, strict=True)]
+            for i in places:
+                rows[i] = found[keys[i]]
         if (state & 1 or state != cache.state) and not cache.apart(keys, state):
             return self._read(keys)  # rows of before a write and of after it do not go together; all of one call do
         return rows
