@@ -261,6 +261,8 @@ def test_errors_are_one_message(loaded: Path, words: tuple[str, ...], message: s
         (("get", "fraud"), "Name the entities: KEY=VALUE for user_id int64, country string, zip string."),
         (("get", "fraud", "--as-of", "noon"), "'noon' is not a time as in 2026-01-31 or"),
         (("get", "fraud", "--server", "7070"), "'7070' is not HOST:PORT"),
+        (("get", "fraud", "--server", "127.0.0.1:70000"), "'127.0.0.1:70000' is not HOST:PORT"),
+        (("get", "fraud", "--server", "http://127.0.0.1:7070"), "'http://127.0.0.1:7070' is not HOST:PORT"),
         (("get", "fraud", "--keys-file", "none.csv"), "File 'none.csv' does not exist"),
         (("serve", "--port", "70000"), "70000 is not in the range"),
         (("materialise",), "No such command 'materialise'"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -43,6 +44,15 @@ def test_every_package_is_pinned_by_hash() -> None:
     for line in everything:
         assert re.fullmatch(r"[\w.-]+==[\w.]+( ;[^\\]+?)?( +--hash=sha256:[0-9a-f]{64})+", line), line[:100]
     assert set(example) < set(everything)
+
+
+def test_the_second_transport_is_the_version_that_is_tested() -> None:
+    """The extra names one version of pygrpc-native, that of the lock, which has its hashes."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        extras = tomllib.load(file)["project"]["optional-dependencies"]
+    (wanted,) = (package for package in extras["native"] if package.startswith("pygrpc-native"))
+    assert re.fullmatch(r"pygrpc-native==[\d.]+", wanted)
+    assert [line for line in locked("requirements.lock") if line.startswith(f"{wanted} ")]
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from featserve.cli.show import STDERR, counted, facts, note, show, show_json, ta
 from featserve.cli.target import Target, asks
 from featserve.cli.verbs import as_json
 from featserve.embedded import clock_us
-from featserve.errors import InvalidRequest, hint
+from featserve.errors import InvalidRequest, ServingError, hint
 from featserve.frames import columns_of
 from featserve.load_test import (
     Comparison,
@@ -178,6 +178,8 @@ def run_(
     if plotted is not None:
         plot(result, plotted)
     show_result(result)
+    if not any(point.total().answered for point in result.points):
+        raise ServingError("not one request was answered, so nothing was measured")
 
 
 def axes_of(schema: ServiceSchema, words: Sequence[str], file: Path | None) -> tuple[Axis, ...]:

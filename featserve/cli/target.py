@@ -29,9 +29,9 @@ class Target:
 
 
 def address(text: str) -> str:
-    """Return where a server listens, ``HOST:PORT``."""
+    """Return where a server listens, ``HOST:PORT``. gRPC would take a port over 65,535 for another one."""
     host, _, port = text.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or "/" in host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 1 << 16:
         raise click.BadParameter(f"{text!r} is not HOST:PORT, as in 127.0.0.1:7070")
     return text
 

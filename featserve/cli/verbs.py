@@ -291,7 +291,12 @@ def tell_served(config: Config, address: str) -> None:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Take keys from the columns of this .csv, .json or .parquet file.",
 )
-@click.option("--as-of", type=instant, metavar="TIME", help="Ask for what was visible at this instant, by default now.")
+@click.option(
+    "--as-of",
+    type=instant,
+    metavar="TIME",
+    help="Ask as of this instant, by default now. Of each entity the newest row is stored: NOT_FOUND if that is later.",
+)
 @click.option("--explain", is_flag=True, help="Also show what the time was spent on, and what made each value.")
 @as_json
 def get(

@@ -154,7 +154,8 @@ def _probe(test: LoadTest) -> tuple[str, float]:
     credentials = None if test.tls is None else test.tls.channel_credentials()
     with connect(test.target, timeout=test.timeout_s, credentials=credentials) as client:
         schema = client.describe(test.reads.service)
-        rows = min(PROBED, max(load.batch for load in test.loads) * 20)
+        most = max(load.batch for load in test.loads)
+        rows = max(most, min(PROBED, 20 * most))  # no less than a request has: what is too much is refused here
         drawn = test.reads.draw(rows, np.random.default_rng(test.seed))
         keys = {name: column for name, column in drawn.items() if name in schema.keys}
         request = {name: column for name, column in drawn.items() if name not in schema.keys}

@@ -6,7 +6,9 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -138,6 +140,7 @@ def test_the_verb_offers_rates_from_processes_while_it_writes(server: Server, tm
         (["--rate", "fast"], 2, "is not numbers"),
         (["--rate", "0"], 1, "over 0"),
         (["--processes", "0"], 1, "processes"),
+        (["--batch", "1,20000"], 1, "the most in one request is 10,000"),
         (["--write", "numbers"], 2, "go together"),
         (["--write", "nosuch", "--write-file", __file__], 1, "nosuch"),
         (["--write", "numbers", "--write-file", __file__], 1, "ends in .py"),
@@ -188,3 +191,24 @@ def test_a_server_that_dies_is_counted(start: Callable[..., Server]) -> None:
     assert total.latency.count > 10
     assert total.latency.count + total.errors.total() == total.arrived
     assert not total.kept_up
+
+
+def test_the_verb_fails_where_nothing_was_answered(
+    start: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that dies before the load leaves a result without an answer, which is told as a failure."""
+    server, running = start(), import_module("featserve.load_test.run")  # in the package that is a function
+    received = running._received
+
+    def receive_and_kill(pipe: Any) -> Any:
+        message = received(pipe)  # at first that a process has its connections, and is ready
+        if server.process.poll() is None:
+            server.kill()
+        return message
+
+    monkeypatch.setattr(running, "_received", receive_and_kill)
+    words = ["load-test", "wide", "user_id=1..9", "--server", server.address, *BRIEF, "--rate", "50"]
+    told = run_verb(*words, "--json", tmp_path / "a.json", code=1)
+    assert "not one request was answered" in told.stderr
+    total = Result.load(tmp_path / "a.json").points[0].total()
+    assert total.errors.total() == total.arrived > 0

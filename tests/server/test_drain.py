@@ -9,16 +9,21 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import count, islice
+from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import featserve
 from featserve._proto import serving_pb2 as pb
-from tests.server.messages import numbers, wide
+from featserve._proto.serving_pb2_grpc import FeatureServingServiceStub
+from featserve.server.grpcio import GrpcioServer
+from featserve.server.telemetry import Telemetry
+from tests.server.messages import numbers, refusal, wide
 from tests.server.streams import Stream, busy
-from tests.serving import Server
+from tests.serving import PATIENCE_S, TRANSPORTS, Project, Server, served_here
 
 pytest_plugins = ["tests.served"]
 
@@ -100,3 +105,34 @@ def test_nothing_acknowledged_is_lost_when_stopped_under_load(start: Callable[..
         assert {work.result() for work in writing} <= {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
     assert all(stored(server, acknowledged))
     assert [event for event in server.events() if event["level"] != "info"] == []
+
+
+def test_what_comes_when_connections_are_about_to_close_was_not_begun(
+    transport: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call that is refused for that says so, with a code that its client repeats whatever it is, and when to."""
+    servers: list[Any] = []
+    monkeypatch.setattr(Telemetry, "count", lambda telemetry, server: servers.append(server))
+
+    def ask(address: str) -> None:
+        (server,) = (each for each in servers if isinstance(each, GrpcioServer))
+        with grpc.insecure_channel(address) as channel:
+            stub = FeatureServingServiceStub(channel)
+            calls: list[Callable[[], Any]] = [
+                lambda: stub.GetFeatures(wide(1), timeout=PATIENCE_S),
+                lambda: stub.WriteRows(numbers([1], 1.0), timeout=PATIENCE_S),
+                lambda: stub.StreamRows(iter(()), timeout=PATIENCE_S),
+            ]
+            for call in calls:
+                call()
+                server.refusing = True
+                error = refusal(call)
+                assert (error.code, error.reason) == (grpc.StatusCode.CANCELLED, "NOT_BEGUN")
+                assert "make it again" in error.message
+                with pytest.raises(grpc.RpcError) as caught:
+                    stub.StreamRows(iter(()), timeout=PATIENCE_S)
+                told: Any = caught.value.trailing_metadata()
+                assert dict(told)["grpc-retry-pushback-ms"] == "800"
+                server.refusing = False
+
+    served_here(Project.make(tmp_path / "project", **TRANSPORTS[transport]), ask)

@@ -50,7 +50,7 @@ def hasty(transport: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 def test_a_write_whose_deadline_passes_in_the_queue_is_not_done(hasty: Server) -> None:
     """A write that waits for its turn past its deadline, its caller's or the server's own, is never done."""
     with hasty.stub() as stub:
-        before = busy(stub)
+        before = busy(stub, writes=8)
         own = stub.WriteRows.future(numbers([1], 1.0), timeout=0.1)
         servers = stub.WriteRows.future(numbers([2], 1.0))
         cancelled = stub.WriteRows.future(numbers([3], 1.0), timeout=60)
@@ -63,7 +63,7 @@ def test_a_write_whose_deadline_passes_in_the_queue_is_not_done(hasty: Server) -
         cancelled.cancel()
         assert patient.result().stored == 1
         assert stub.GetFeatures(wide(1, 2, 3, 4), timeout=60).status == NOT_FOUND * 3 + PRESENT
-        assert [call.result().rows for call in before] == [40_000] * 3
+        assert [call.result().rows for call in before] == [40_000] * 8
 
 
 def test_a_call_without_its_message_ends(hasty: Server) -> None:
