@@ -20,7 +20,7 @@ from featserve.plan import ReadPlan
 from featserve.server.service import Record
 from featserve.server.tally import Tally
 from featserve.server.together import Share
-from featserve.types import NEVER_US, Array
+from featserve.types import NEVER_US, Array, Mask
 
 US, MS, SECOND = 1_000, 1_000_000, 1_000_000_000
 
@@ -81,6 +81,10 @@ class Load(Protocol):
     def look(self) -> None: ...
 
 
+Ended = tuple[Share, int, tuple[Array, Mask] | None]
+"""A share, when it was answered, and the status of its rows and which values are valid, where not all are."""
+
+
 @dataclass(slots=True)
 class _Noted:
     """Requests of a service that are not counted yet: nanoseconds of each, and the rows of those that shared a read.
@@ -96,6 +100,11 @@ class _Noted:
     rows: list[int] = field(default_factory=list)
     valid: list[list[int]] = field(default_factory=list)
     statuses: list[bytes] = field(default_factory=list)
+
+    def note(self, status: Array, valid: Mask) -> None:
+        """Note rows of which some are not there, or hold a null."""
+        self.valid.append(self.tally.valid(valid))
+        self.statuses.append(status.tobytes())
 
     def count(self) -> None:
         """Count what was noted so far; what others note meanwhile stays."""
@@ -174,7 +183,9 @@ class Meter:
                 noted.took_ns.append(ended_ns - begun_ns)
                 return
             if matrix is not None and matrix.valid is not None and not record.ages:
-                self._note(method, plan, matrix).append(ended_ns - begun_ns)
+                noted = self._noted_of(method, plan)
+                noted.note(matrix.view_status, matrix.valid)
+                noted.took_ns.append(ended_ns - begun_ns)
                 return
         with self._lock:
             if record.written is not None:
@@ -199,41 +210,28 @@ class Meter:
             if not self._of_workers:
                 self._counters(method, code, None)[0].add(0)
 
-    def note_together(self, method: str, ended: Sequence[tuple[Share, int]], begun_ns: Sequence[int]) -> None:
-        """Count requests that one thread answered together, and whose rows were all there and held no null.
-
-        ``ended``: their shares, and when each was answered. ``begun_ns``: when each of all requests began.
-        """
-        for share, ended_ns in ended:
+    def note_together(self, method: str, ended: Sequence[Ended], begun_ns: Sequence[int]) -> None:
+        """Count requests that one thread answered together. ``begun_ns``: when each of all of them began."""
+        for share, ended_ns, partial in ended:
             noted = self._noted_of(method, share.asked.plan)
-            noted.rows.append(share.rows)
+            if partial is None:
+                noted.rows.append(share.rows)
+            else:
+                noted.note(*partial)
             for number in share.numbers:
                 noted.took_ns.append(ended_ns - begun_ns[number])
 
     def add_together(
         self, method: str, share: Share, matrix: FeatureMatrix, ended_ns: int, begun_ns: Sequence[int]
     ) -> None:
-        """Count requests of a share that were answered with these rows; see ``note_together``."""
-        if matrix.event_times is None and matrix.valid is not None:
-            took_ns = self._note(method, share.asked.plan, matrix)
-            took_ns += [ended_ns - begun_ns[number] for number in share.numbers]
-            return
+        """Count requests of a share that were answered with these rows and their event times."""
         with self._lock:
             durations, tally = self._counters(method, "OK", share.asked.plan)
             durations.add_all(np.array([ended_ns - begun_ns[number] for number in share.numbers]))
             assert tally is not None
             tally.add(matrix)
-            if matrix.event_times is not None:
-                self.ages_due_ns = ended_ns + self.ages_every_ns
-                self._add_ages(matrix, share.now_us)
-
-    def _note(self, method: str, plan: ReadPlan, matrix: FeatureMatrix) -> list[int]:
-        """Note rows of which some are not there, or hold a null; return where it is to be noted how long they took."""
-        noted = self._noted_of(method, plan)
-        assert matrix.valid is not None
-        noted.valid.append(noted.tally.valid(matrix.valid))
-        noted.statuses.append(matrix.view_status.tobytes())
-        return noted.took_ns
+            self.ages_due_ns = ended_ns + self.ages_every_ns
+            self._add_ages(matrix, share.now_us)
 
     def _noted_of(self, method: str, plan: ReadPlan) -> _Noted:
         """Return where a request is noted, without the lock; what is there is counted first where it is much."""

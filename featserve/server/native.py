@@ -33,11 +33,10 @@ from featserve.config import ServerConfig
 from featserve.errors import DeadlineExceeded, ServingError
 from featserve.server.forward import Forward
 from featserve.server.grpcio import QUIET_S, GrpcioServer, cannot_listen, overloaded, stopping
-from featserve.server.meter import MS, SECOND
+from featserve.server.meter import MS, SECOND, Ended
 from featserve.server.service import READS, SERVICE_NAME, WRITES, Call, Service
 from featserve.server.status import DETAILS_KEY, encode_error, failed
 from featserve.server.telemetry import Telemetry, trace_together
-from featserve.server.together import Share
 from featserve.stages import Stages
 from featserve.store.follow import Behind
 
@@ -277,7 +276,7 @@ class NativeServer:
         traced = [turn for turn in asked if turn.trace is not None]
         answered = 0
         begun = [("decode", now_ns)]
-        whole: list[tuple[Share, int]] = []  # shares whose rows were all there and held no null, and when each ended
+        ended: list[Ended] = []
         taken_ns = [] if meter is None else [turn.taken_ns for turn in asked]
         for share in self._service.shares([turn.data for turn in asked]):
             stages = Stages(*begun) if traced else None
@@ -294,15 +293,17 @@ class NativeServer:
             answered += len(answers)
             if meter is not None:
                 ended_ns = perf_counter_ns()
-                if matrix is None or (matrix.valid is None and matrix.event_times is None):
-                    whole.append((share, ended_ns))
-                else:
+                if matrix is not None and matrix.event_times is not None:
                     meter.add_together("GetFeatures", share, matrix, ended_ns, taken_ns)
+                elif matrix is not None and matrix.valid is not None:
+                    ended.append((share, ended_ns, (matrix.view_status, matrix.valid)))
+                else:
+                    ended.append((share, ended_ns, None))
             if stages is not None:
                 waited = [(asked[number].taken_ns, asked[number].trace) for number in share.numbers]
                 trace_together("GetFeatures", share, matrix, waited, stages)
-        if meter is not None and whole:
-            meter.note_together("GetFeatures", whole, taken_ns)
+        if meter is not None and ended:
+            meter.note_together("GetFeatures", ended, taken_ns)
         return answered
 
     def _answer(self, turn: Turn) -> None:

@@ -12,7 +12,7 @@ from featserve.matrix import FeatureMatrix, Status
 from featserve.plan import ReadPlan, compile_service
 from featserve.project import load_definitions
 from featserve.server import meter as meter_module
-from featserve.server.meter import AGE_US, Buckets, Meter
+from featserve.server.meter import AGE_US, Buckets, Ended, Meter
 from featserve.server.service import Call, Record
 from featserve.server.tally import FEW, Tally
 from featserve.server.telemetry import Telemetry
@@ -90,7 +90,12 @@ def test_requests_that_share_a_read_are_counted_as_if_alone(
             matrix = replace(matrix, event_times=None)
         times_ns = rng.integers(1, 10**9, len(matrix)).tolist()
         share = Share(Asked(plan), list(range(len(matrix))), [], len(matrix), 10**12)
-        shared.add_together("GetFeatures", share, matrix, 5, [5 - time_ns for time_ns in times_ns])
+        begun_ns = [5 - time_ns for time_ns in times_ns]
+        if matrix.event_times is None:
+            assert matrix.valid is not None
+            shared.note_together("GetFeatures", [(share, 5, (matrix.view_status, matrix.valid))], begun_ns)
+        else:
+            shared.add_together("GetFeatures", share, matrix, 5, begun_ns)
         for row, time_ns in enumerate(times_ns):
             record = Record()
             record.plan, record.matrix, record.now_us = plan, matrix.part(row, row + 1), 10**12
@@ -117,13 +122,13 @@ def test_what_is_noted_is_counted_when_it_is_looked_at(
         requests = int(rng.integers(1, 17))
         begun_ns = rng.integers(1, 10**9, requests).tolist()
         of = rng.integers(2, size=requests)
-        ended = []
+        ended: list[Ended] = []
         for i, name in enumerate(("wide", "compact")):
             plan, numbers = plans[name], np.flatnonzero(of == i).tolist()
             if not numbers:
                 continue
             share = Share(Asked(plan), numbers, [], 3 * len(numbers))
-            ended.append((share, ended_ns := 10**9 + int(rng.integers(10**9))))
+            ended.append((share, ended_ns := 10**9 + int(rng.integers(10**9)), None))
             for number in numbers:
                 record = Record()
                 record.plan, record.whole = plan, 3
@@ -154,7 +159,9 @@ def test_rows_with_nulls_are_counted_as_one_by_one(
             record.plan, record.matrix = plan, matrix
             meter.add("GetFeatures", "OK", 5, 6, record)
         else:
-            meter.add_together("GetFeatures", Share(Asked(plan), [0], [], len(matrix)), matrix, 6, [5])
+            assert matrix.valid is not None
+            share = Share(Asked(plan), [0], [], len(matrix))
+            meter.note_together("GetFeatures", [(share, 6, (matrix.view_status, matrix.valid))], [5])
         if i % 70 == 0:
             assert meter.tallies[plan.schema.hash].rows == expected.rows
     (found,) = meter.tallies.values()
