@@ -36,8 +36,8 @@ MARK = "getpgid"
 """The function of the C library at whose calls valgrind dumps its counts; nothing else calls it."""
 NOW_US = 4_000_000_000_000_000
 NEVER_NS = 1 << 62
-TOGETHER, WRITTEN = 8, 10
-"""Requests that come at once, and rows of a write."""
+TOGETHER, WRITTEN, MISSING = 8, 10, 10
+"""Requests that come at once, rows of a write, and of a request those that are not there."""
 
 Answer = Callable[[Any], object]
 
@@ -63,7 +63,11 @@ def cases(project: Embedded, written: Embedded) -> dict[str, tuple[Answer, list[
     bodies = [load.request(row) for row in entities[:DIFFERENT, None]]
     meter = Meter()
     meter.ages_due_ns = NEVER_NS
-    found["counted, 1 key"] = partial(watched, service, Telemetry(None, meter)), bodies
+    counting = partial(watched, service, Telemetry(None, meter))
+    found["counted, 1 key"] = counting, bodies
+    partly = entities[: 100 * DIFFERENT].reshape(DIFFERENT, 100).copy()
+    partly[:, :MISSING] += ENTITIES
+    found[f"counted, {MISSING} of 100 keys not there"] = counting, [load.request(row) for row in partly]
     writer = Service(written.engine, Limits(10_000, 0), lambda: NOW_US)
     writes = [write(rows) for rows in entities[: WRITTEN * DIFFERENT].reshape(DIFFERENT, WRITTEN)]
     found[f"write, {WRITTEN} rows"] = (lambda body: writer.write_rows(body, call), writes)

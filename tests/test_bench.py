@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import counts, h2load, load, overload, project, report, servers
+from bench import counts, grid, h2load, load, overload, project, report, servers
 from bench.peers import __main__ as peers
 from bench.peers import page, rows, targets
 from bench.peers.rounds import KEYS, Cell, Cells, Length
@@ -65,6 +65,20 @@ def test_requests_that_end_are_all_answered(address: str) -> None:
         assert load.keep_busy(opened, lambda answered, _, count=count: answered >= count) > 0  # type: ignore[misc]
     assert sum(len(connection.latencies_s) for connection in opened) == 9
     assert load.drive(opened, lambda answered, _: answered >= 0) > 0
+
+
+@pytest.mark.slow
+def test_a_grid_of_rows_and_features_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each number of rows and features is asked for with warm caches and with cold ones, and all are answered."""
+    for name, value in {"ENTITIES": ENTITIES, "ROUNDS": 1, "SECONDS": 0.2, "ROWS": (1, 100)}.items():
+        monkeypatch.setattr(grid, name, value)
+    figures = grid.measure(tmp_path)
+    assert [figure.name for figure in figures] == [
+        f"{cache}, {rows} x {width} features"
+        for cache, width, rows in product(("warm", "cold"), grid.WIDTHS, ("1 row", "100 rows"))
+    ]
+    assert min(figure.value for figure in figures) > 0
+    assert not any("errors" in figure.note for figure in figures)
 
 
 @pytest.mark.parametrize("address", ["max_concurrent = 1\n"], indirect=True)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from featserve._proto import serving_pb2 as pb
 from featserve._proto.serving_pb2_grpc import FeatureServingServiceStub
 from featserve.cli import main
 from featserve.config import Config, load_config
-from featserve.errors import ServingError, StoreLocked
+from featserve.errors import ServingError, StoreLocked, UnknownName
 from featserve.server import app
 from featserve.server.app import run
 from featserve.server.workers import MOST_DEATHS, Part, Spares, cores, share
@@ -195,12 +196,26 @@ def test_tokens_that_are_none(pair: Server) -> None:
 
 
 def test_a_registry_change_reaches_all(pair: Server) -> None:
-    """What is applied is served on every connection, without a restart."""
-    pair.project.apply((pair.project.folder / "features.py").read_text() + '\nnew = FeatureService("new", [weather])\n')
+    """What is applied is served on every connection, without a restart, and the writer takes rows of it."""
+    more = """
+added = FeatureView("added", place, [Field("rain", Float32)])
+new = FeatureService("new", [weather, added])
+"""
+    pair.project.apply((pair.project.folder / "features.py").read_text() + more)
     request = pb.DescribeServiceRequest(service="new")
     with stubs(pair) as all_stubs:
         for stub in all_stubs:
             until("a worker serves it", lambda: stub.DescribeService.future(request).exception() is None)  # noqa: B023
+    with pair.client() as client:
+
+        def stored() -> int:
+            rows = {"country": ["de"], "zip": ["1"], "rain": [0.5]}
+            try:
+                return client.write("added", rows, event_time=datetime.now(UTC)).stored
+            except UnknownName:
+                return 0
+
+        until("the writer knows the view", stored)
 
 
 def test_sighup_reaches_all(start_pair: Callable[..., Server]) -> None:
