@@ -165,7 +165,7 @@ def encode_matrix(
         schema_id=schema.id, rows=len(matrix), values=matrix.values.tobytes(), status=matrix.view_status.tobytes()
     )
     if matrix.valid is not None and not matrix.valid.all():
-        answer.validity = np.packbits(matrix.valid, axis=1, bitorder="little").tobytes()
+        answer.validity = pack_rows(matrix.valid)
     for column in matrix.columns:
         answer.columns.append(encode_column("", Column(column.type, column.values, column.offsets)))
     if include_event_times and matrix.event_times is not None:
@@ -175,25 +175,28 @@ def encode_matrix(
     return answer
 
 
-def encode_parts(matrix: FeatureMatrix, counts: Sequence[int]) -> list[bytes]:
+def encode_parts(matrix: FeatureMatrix, counts: Sequence[int]) -> tuple[list[bytes], bytes, bytes]:
     """Return the bytes of the answers that carry the rows of ``matrix`` one after the other, so many each.
 
-    They have no event times.
+    They have no event times. Also returns the status of all rows, and what ``pack_rows`` makes of ``matrix.valid``: no
+    bytes where there is none.
     """
     schema = matrix.schema
     stops = (0, *counts) if len(counts) == 1 else list(accumulate(counts, initial=0))
-    if matrix.columns or matrix.valid is not None:
+    status = matrix.view_status.tobytes()
+    validity = b"" if matrix.valid is None else pack_rows(matrix.valid)
+    if matrix.columns:
         own = (encode_matrix(matrix.part(*ends), include_event_times=False) for ends in pairwise(stops))
-        return [answer.SerializeToString() for answer in own]
-    values, status = matrix.values.tobytes(), matrix.view_status.tobytes()
+        return [answer.SerializeToString() for answer in own], status, validity
+    values = matrix.values.tobytes()
     wide, views = schema.width * schema.numpy_dtype.itemsize, len(schema.views)
     answers = []
     for start, stop in pairwise(stops):
         rows = stop - start
         before, between = _around(schema.id, rows, rows * wide, rows * views)
         parts = (before, values[start * wide : stop * wide], between, status[start * views : stop * views])
-        answers.append(b"".join(parts))
-    return answers
+        answers.append(b"".join(parts + _field(validity, start, stop, len(schema.features)) if validity else parts))
+    return answers, status, validity
 
 
 @lru_cache(1_024)
@@ -202,6 +205,31 @@ def _around(schema_id: int, rows: int, values: int, status: int) -> tuple[bytes,
     first = pb.GetFeaturesResponse(schema_id=schema_id, rows=rows, values=bytes(values)).SerializeToString()
     second = pb.GetFeaturesResponse(status=bytes(status)).SerializeToString()
     return first[: len(first) - values], second[: len(second) - status]
+
+
+def _field(validity: bytes, start: int, stop: int, features: int) -> tuple[bytes, ...]:
+    """Return the pieces of an answer's field of validity, of rows from ``start`` up to ``stop``."""
+    whole = _whole_row(features)
+    own = validity[start * len(whole) : stop * len(whole)]
+    return () if own == whole * (stop - start) else (_before_validity(len(own)), own)
+
+
+@lru_cache(1_024)
+def _whole_row(features: int) -> bytes:
+    """Return what ``pack_rows`` makes of a row in which all are valid."""
+    return pack_rows(np.ones((1, features), np.bool_))
+
+
+@lru_cache(1_024)
+def _before_validity(size: int) -> bytes:
+    """Return what stands in an answer before the validity of so many bytes."""
+    field: bytes = pb.GetFeaturesResponse(validity=bytes(size)).SerializeToString()
+    return field[: len(field) - size]
+
+
+def pack_rows(valid: Mask) -> bytes:
+    """Return bool of shape (rows, features) as bits, least significant first; each row begins with a byte."""
+    return np.packbits(valid, axis=1, bitorder="little").tobytes()
 
 
 def decode_matrix(answer: pb.GetFeaturesResponse, schema: ServiceSchema) -> FeatureMatrix:

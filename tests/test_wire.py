@@ -42,6 +42,7 @@ from featserve.wire import (
     decode_view,
     encode_column,
     encode_matrix,
+    encode_parts,
     encode_rows,
     encode_schema,
     encode_view,
@@ -383,6 +384,30 @@ def test_wide_answers_hold_every_bit() -> None:
         values: Array = np.where(valid, np.float32(1), np.float32(np.nan)).astype(np.float32)
         matrix = FeatureMatrix(schema, values, (), np.ones((5, 1), np.uint8), valid, None)
         same(decode_matrix(encode_matrix(matrix), schema), matrix)
+
+
+def test_answers_in_parts_are_those_of_each_part(rng: np.random.Generator) -> None:
+    """The bytes of several answers made at once are those of each, where some hold nulls, all do or none."""
+    for _ in range(60):
+        features = int(rng.integers(1, 20))
+        fields = [Field(f"f{i}", String if rng.random() < 0.02 else Float32) for i in range(features)]
+        schema = compile_schema(FeatureService("s", [FeatureView("v", USER, fields)]))
+        counts = rng.integers(1, 5, size=rng.integers(1, 9)).tolist()
+        rows = sum(counts)
+        by_row = np.repeat(rng.random((rows, 1)) < 0.6, features, axis=1)
+        valid = [None, by_row, rng.random((rows, features)) < 0.9][rng.integers(3)]
+        columns = tuple(column(String, [None] * rows) for _ in schema.column_features)
+        values = rng.random((rows, schema.width), np.float32)
+        matrix = FeatureMatrix(schema, values, columns, rng.choice(np.array([1, 3], np.uint8), (rows, 1)), valid, None)
+        answers, status, validity = encode_parts(matrix, counts)
+        stops = [0, *np.cumsum(counts).tolist()]
+        assert answers == [encode_matrix(matrix.part(*ends)).SerializeToString() for ends in pairwise(stops)]
+        assert (status, validity == b"") == (matrix.view_status.tobytes(), valid is None)
+        for answer, ends in zip(answers, pairwise(stops), strict=True):
+            found = decode_matrix(pb.GetFeaturesResponse.FromString(answer), schema).valid
+            expected = None if valid is None else valid[slice(*ends)]
+            whole = expected is None or expected.all()
+            assert (found is None) if whole else np.array_equal(found, expected)  # type: ignore[arg-type]
 
 
 def test_columns_of_cells_are_what_is_sent() -> None:

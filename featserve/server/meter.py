@@ -20,7 +20,8 @@ from featserve.plan import ReadPlan
 from featserve.server.service import Record
 from featserve.server.tally import Tally
 from featserve.server.together import Share
-from featserve.types import NEVER_US, Array, Mask
+from featserve.types import NEVER_US, Array
+from featserve.wire import pack_rows
 
 US, MS, SECOND = 1_000, 1_000_000, 1_000_000_000
 
@@ -36,6 +37,10 @@ AGE_US = tuple(
 )
 MOST_NOTED = 2_048
 """Requests of a service that are noted before all are counted at once."""
+MOST_MISSING_NOTED = 256
+"""The same of reads that missed something: bytes are noted of those, so few that they stay in the processor's cache."""
+MOST_MISSING_BYTES = 4_096
+"""What is noted of one such read; where it is more, it is counted right away."""
 AGES_EVERY_NS = 250 * MS
 """How often the ages of an answer are looked at, at most: reading event times costs more than all else here."""
 
@@ -81,41 +86,33 @@ class Load(Protocol):
     def look(self) -> None: ...
 
 
-Ended = tuple[Share, int, tuple[Array, Mask] | None]
-"""A share, when it was answered, and the status of its rows and which values are valid, where not all are."""
+Ended = tuple[Share, int]
+"""A share, and when it was answered."""
 
 
 @dataclass(slots=True)
 class _Noted:
     """Requests of a service that are not counted yet: nanoseconds of each, and the rows of those that shared a read.
 
-    ``rows``: how many, where all were there and held no null; else their ``statuses``, and how many values were
-    ``valid``, both view by view. Numbers and few bytes, as what is kept is no longer in the processor's cache when it
-    is counted; and lists, as to append to one needs no lock.
+    ``missing``: what a read has of ``Share.missing``. Numbers and few bytes, as what is kept is no longer in the
+    processor's cache when it is counted; and lists, as to append to one needs no lock.
     """
 
     durations: Buckets
     tally: Tally
     took_ns: list[int] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
-    valid: list[list[int]] = field(default_factory=list)
-    statuses: list[bytes] = field(default_factory=list)
-
-    def note(self, status: Array, valid: Mask) -> None:
-        """Note rows of which some are not there, or hold a null."""
-        self.valid.append(self.tally.valid(valid))
-        self.statuses.append(status.tobytes())
+    missing: list[tuple[bytes, bytes]] = field(default_factory=list)
 
     def count(self) -> None:
         """Count what was noted so far; what others note meanwhile stays."""
-        took_ns, rows, parts = len(self.took_ns), len(self.rows), len(self.statuses)
+        took_ns, rows, missing = len(self.took_ns), len(self.rows), len(self.missing)
         self.durations.add_all(np.array(self.took_ns[:took_ns], np.int64))
         self.tally.rows += sum(self.rows[:rows])
-        if parts:
-            valid = list(map(sum, zip(*self.valid[:parts], strict=True)))
-            statuses = np.frombuffer(b"".join(self.statuses[:parts]), np.uint8).reshape(-1, len(valid))
-            self.tally.add_rows(statuses, valid)
-        del self.took_ns[:took_ns], self.rows[:rows], self.statuses[:parts], self.valid[:parts]
+        if missing:
+            status, validity = zip(*self.missing[:missing], strict=True)
+            self.tally.add_missing(b"".join(status), b"".join(validity))
+        del self.took_ns[:took_ns], self.rows[:rows], self.missing[:missing]
 
 
 class Meter:
@@ -184,8 +181,9 @@ class Meter:
                 return
             if matrix is not None and matrix.valid is not None and not record.ages:
                 noted = self._noted_of(method, plan)
-                noted.note(matrix.view_status, matrix.valid)
+                noted.rows.append(len(matrix))
                 noted.took_ns.append(ended_ns - begun_ns)
+                self._miss(noted, (matrix.view_status.tobytes(), pack_rows(matrix.valid)))
                 return
         with self._lock:
             if record.written is not None:
@@ -212,14 +210,16 @@ class Meter:
 
     def note_together(self, method: str, ended: Sequence[Ended], begun_ns: Sequence[int]) -> None:
         """Count requests that one thread answered together. ``begun_ns``: when each of all of them began."""
-        for share, ended_ns, partial in ended:
-            noted = self._noted_of(method, share.asked.plan)
-            if partial is None:
-                noted.rows.append(share.rows)
-            else:
-                noted.note(*partial)
+        asked = None
+        for share, ended_ns in ended:
+            if share.asked is not asked:
+                asked = share.asked
+                noted = self._noted_of(method, asked.plan)
+            noted.rows.append(share.rows)
             for number in share.numbers:
                 noted.took_ns.append(ended_ns - begun_ns[number])
+            if share.missing is not None:
+                self._miss(noted, share.missing)
 
     def add_together(
         self, method: str, share: Share, matrix: FeatureMatrix, ended_ns: int, begun_ns: Sequence[int]
@@ -242,10 +242,17 @@ class Meter:
                 durations, tally = self._counters(method, "OK", plan)
                 assert tally is not None
                 return self._noted.setdefault(key, _Noted(durations, tally))
-        if len(noted.took_ns) >= MOST_NOTED:
+        if len(noted.took_ns) >= MOST_NOTED or len(noted.missing) >= MOST_MISSING_NOTED:
             with self._lock:
                 self._count_noted()
         return noted
+
+    def _miss(self, noted: _Noted, missing: tuple[bytes, bytes]) -> None:
+        """Note what a read missed, whose rows are noted."""
+        noted.missing.append(missing)
+        if sum(map(len, missing)) > MOST_MISSING_BYTES:
+            with self._lock:
+                noted.count()
 
     def _count_noted(self) -> None:
         """Count what was noted, under the lock."""

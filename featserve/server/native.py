@@ -295,10 +295,8 @@ class NativeServer:
                 ended_ns = perf_counter_ns()
                 if matrix is not None and matrix.event_times is not None:
                     meter.add_together("GetFeatures", share, matrix, ended_ns, taken_ns)
-                elif matrix is not None and matrix.valid is not None:
-                    ended.append((share, ended_ns, (matrix.view_status, matrix.valid)))
                 else:
-                    ended.append((share, ended_ns, None))
+                    ended.append((share, ended_ns))
             if stages is not None:
                 waited = [(asked[number].taken_ns, asked[number].trace) for number in share.numbers]
                 trace_together("GetFeatures", share, matrix, waited, stages)

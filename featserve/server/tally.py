@@ -6,16 +6,11 @@ value is null, costs one look at a flag: ``engine.fill`` gives an answer ``valid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from featserve.matrix import FeatureMatrix, Status
 from featserve.plan import Place, ReadPlan
-from featserve.types import Array, Mask
-
-FEW = 128
-"""Values that are counted faster as bytes than by NumPy."""
+from featserve.wire import pack_rows
 
 
 class Tally:
@@ -27,35 +22,35 @@ class Tally:
 
     def __init__(self, plan: ReadPlan) -> None:
         self.schema = plan.schema
-        self._targets = [view.targets for view in plan.views]
-        views = len(plan.views)
+        views, features = len(plan.views), len(plan.schema.features)
+        self._served = [_mark(view.targets, features) for view in plan.views]
+        """The bits of a row that are each view's."""
         self.rows = 0
         self.not_found, self.expired, self.nulls = [0] * views, [0] * views, [0] * views
 
     def add(self, matrix: FeatureMatrix) -> None:
         """Count the rows of an answer."""
-        if matrix.valid is None:
-            self.rows += len(matrix)
-        else:
-            self.add_rows(matrix.view_status, self.valid(matrix.valid))
+        self.rows += len(matrix)
+        if matrix.valid is not None:
+            self.add_missing(matrix.view_status.tobytes(), pack_rows(matrix.valid))
 
-    def valid(self, valid: Mask) -> list[int]:
-        """Return how many values of each view are not null. ``valid``: rows x features."""
-        if valid.size > FEW:
-            return [int(np.count_nonzero(valid[:, targets])) for targets in self._targets]
-        return [valid[:, targets].tobytes().count(1) for targets in self._targets]
-
-    def add_rows(self, status: Array, valid: Sequence[int]) -> None:
-        """Count rows. ``status``: uint8, rows x views. ``valid``: how many values of each view are not null."""
-        self.rows += len(status)
-        for i, (targets, values) in enumerate(zip(self._targets, valid, strict=True)):
-            column = status[:, i].tobytes()
+    def add_missing(self, status: bytes, validity: bytes) -> None:
+        """Count what is missing in rows that are counted. ``status``: rows x views. ``validity``: see ``pack_rows``."""
+        views, rest = len(self._served), bytes(-len(validity) % 8)
+        valid = np.frombuffer(validity + rest, np.uint64)
+        for i, served in enumerate(self._served):
+            column = status[i::views]
             not_found, expired = column.count(Status.NOT_FOUND), column.count(Status.EXPIRED)
             self.not_found[i] += not_found
             self.expired[i] += expired
             # Of a row that a view does not have none is valid.
-            self.nulls[i] += (len(status) - not_found - expired) * _size(targets) - values
+            asked = (len(column) - not_found - expired) * int.from_bytes(served, "little").bit_count()
+            mine = valid & np.frombuffer(served * len(column) + rest, np.uint64)
+            self.nulls[i] += asked - int(np.bitwise_count(mine).sum())
 
 
-def _size(place: Place) -> int:
-    return place.stop - place.start if isinstance(place, slice) else len(place)
+def _mark(place: Place, features: int) -> bytes:
+    """Return as bits which of the features of a row are in this place."""
+    marked = np.zeros((1, features), np.bool_)
+    marked[:, place] = True
+    return pack_rows(marked)

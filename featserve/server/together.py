@@ -116,6 +116,9 @@ class Asked:
 class Share:
     """Requests for one service: the number of each among all, its keys, all their rows, and the instant that they are
     answered at.
+
+    ``missing``: the status of the rows of an answer and which of their values are valid, as ``encode_parts`` tells
+    them; None where all are there and none is null.
     """
 
     asked: Asked
@@ -123,6 +126,7 @@ class Share:
     keys: list[EntityKeys | Integers]
     rows: int = 0
     now_us: int = 0
+    missing: tuple[bytes, bytes] | None = None
 
     def answer(
         self, engine: Engine, now_us: int, stages: Stages | None = None, event_times: bool = False
@@ -163,7 +167,10 @@ class Share:
         matrix = fill(self.asked.plan, found, rows, now_us, event_times=event_times, stages=stages)
         if stages is not None:
             stages.begin("encode")
-        return matrix, encode_parts(matrix, [of.count for of in self.keys])
+        answers, status, validity = encode_parts(matrix, [of.count for of in self.keys])
+        if validity:
+            self.missing = status, validity
+        return matrix, answers
 
 
 class Sharing:

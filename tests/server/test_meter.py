@@ -14,10 +14,11 @@ from featserve.project import load_definitions
 from featserve.server import meter as meter_module
 from featserve.server.meter import AGE_US, Buckets, Ended, Meter
 from featserve.server.service import Call, Record
-from featserve.server.tally import FEW, Tally
+from featserve.server.tally import Tally
 from featserve.server.telemetry import Telemetry
 from featserve.server.together import Asked, Share
 from featserve.types import Column
+from featserve.wire import pack_rows
 from tests.server.watched import WITH_TRANSFORMS
 from tests.serving import Project
 
@@ -61,6 +62,11 @@ def random_matrix(plan: ReadPlan, rng: np.random.Generator, *, plain: bool) -> F
     return FeatureMatrix(schema, np.zeros((rows, schema.width)), columns, status, valid, times)
 
 
+def missing(matrix: FeatureMatrix) -> tuple[bytes, bytes] | None:
+    """Return what a share says that was answered with these rows."""
+    return None if matrix.valid is None else (matrix.view_status.tobytes(), pack_rows(matrix.valid))
+
+
 def test_tallies_are_what_the_statuses_of_every_value_say(plans: dict[str, ReadPlan], rng: np.random.Generator) -> None:
     """Rows, missing rows, expired rows and nulls of each view are those of a count over all values of all answers."""
     for plan in plans.values():
@@ -89,11 +95,10 @@ def test_requests_that_share_a_read_are_counted_as_if_alone(
         if rng.random() < 0.5:
             matrix = replace(matrix, event_times=None)
         times_ns = rng.integers(1, 10**9, len(matrix)).tolist()
-        share = Share(Asked(plan), list(range(len(matrix))), [], len(matrix), 10**12)
+        share = Share(Asked(plan), list(range(len(matrix))), [], len(matrix), 10**12, missing(matrix))
         begun_ns = [5 - time_ns for time_ns in times_ns]
         if matrix.event_times is None:
-            assert matrix.valid is not None
-            shared.note_together("GetFeatures", [(share, 5, (matrix.view_status, matrix.valid))], begun_ns)
+            shared.note_together("GetFeatures", [(share, 5)], begun_ns)
         else:
             shared.add_together("GetFeatures", share, matrix, 5, begun_ns)
         for row, time_ns in enumerate(times_ns):
@@ -128,7 +133,7 @@ def test_what_is_noted_is_counted_when_it_is_looked_at(
             if not numbers:
                 continue
             share = Share(Asked(plan), numbers, [], 3 * len(numbers))
-            ended.append((share, ended_ns := 10**9 + int(rng.integers(10**9)), None))
+            ended.append((share, ended_ns := 10**9 + int(rng.integers(10**9))))
             for number in numbers:
                 record = Record()
                 record.plan, record.whole = plan, 3
@@ -146,22 +151,22 @@ def test_what_is_noted_is_counted_when_it_is_looked_at(
 def test_rows_with_nulls_are_counted_as_one_by_one(
     plans: dict[str, ReadPlan], monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
 ) -> None:
-    """Answers of which some rows are not there, or hold a null, are counted, few values and many."""
-    monkeypatch.setattr(meter_module, "MOST_NOTED", 50)
+    """Answers of which some rows are not there, or hold a null, are counted: those noted, and large ones right away."""
+    monkeypatch.setattr(meter_module, "MOST_MISSING_NOTED", 50)
+    monkeypatch.setattr(meter_module, "MOST_MISSING_BYTES", 100)
     plan, meter, expected = plans["ranking"], Meter(), Tally(plans["ranking"])
-    sizes = []
+    noted_bytes = []
     for i in range(300):
         matrix = replace(random_matrix(plan, rng, plain=False), event_times=None)
-        sizes.append(len(matrix) * len(plan.schema.features))
+        noted_bytes.append(sum(map(len, missing(matrix) or ())))
         expected.add(matrix)
         if rng.random() < 0.5:
             record = Record()
             record.plan, record.matrix = plan, matrix
             meter.add("GetFeatures", "OK", 5, 6, record)
         else:
-            assert matrix.valid is not None
-            share = Share(Asked(plan), [0], [], len(matrix))
-            meter.note_together("GetFeatures", [(share, 6, (matrix.view_status, matrix.valid))], [5])
+            share = Share(Asked(plan), [0], [], len(matrix), missing=missing(matrix))
+            meter.note_together("GetFeatures", [(share, 6)], [5])
         if i % 70 == 0:
             assert meter.tallies[plan.schema.hash].rows == expected.rows
     (found,) = meter.tallies.values()
@@ -169,7 +174,7 @@ def test_rows_with_nulls_are_counted_as_one_by_one(
         expected.rows, expected.not_found, expected.expired, expected.nulls
     ]  # fmt: skip
     assert sum(meter.durations["GetFeatures", plan.schema.hash, "OK"].counts) == 300
-    assert min(sizes) < FEW < max(sizes) / len(plan.views)
+    assert min(noted_bytes) < 100 < max(noted_bytes)
 
 
 def test_ages_are_those_of_the_rows_that_were_served(plans: dict[str, ReadPlan], rng: np.random.Generator) -> None:
