@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -35,12 +35,12 @@ AGE_US = tuple(
     int(seconds * 1_000_000)
     for seconds in (0.01, 0.1, 1, 10, 60, 300, 1_800, 3_600, 21_600, 86_400, 259_200, 604_800, 2_592_000, 31_536_000)
 )
-MOST_NOTED = 2_048
-"""Requests of a service that are noted before all are counted at once."""
-MOST_MISSING_NOTED = 256
-"""The same of reads that missed something: bytes are noted of those, so few that they stay in the processor's cache."""
-MOST_MISSING_BYTES = 4_096
-"""What is noted of one such read; where it is more, it is counted right away."""
+MOST_NOTED = 1_024
+"""Reads for a service that are noted before all are counted at once."""
+MOST_BYTES_NOTED = 4_096
+"""Bytes that tell what a read missed; where they are more, it is counted right away."""
+SHARED = "GetFeatures"
+"""The method whose requests share reads."""
 AGES_EVERY_NS = 250 * MS
 """How often the ages of an answer are looked at, at most: reading event times costs more than all else here."""
 
@@ -60,11 +60,11 @@ class Buckets:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.sum += value
 
-    def add_all(self, values: Array) -> None:
-        """Count an array of integers."""
-        found = np.bincount(np.searchsorted(self.bounds, values), minlength=len(self.counts))
+    def add_all(self, values: Array, times: Array | int = 1) -> None:
+        """Count an array of integers, each so many times."""
+        found = np.bincount(np.repeat(np.searchsorted(self.bounds, values), times), minlength=len(self.counts))
         self.counts = [old + new for old, new in zip(self.counts, found.tolist(), strict=True)]
-        self.sum += int(values.sum())
+        self.sum += int((values * times).sum())
 
 
 class Load(Protocol):
@@ -92,27 +92,28 @@ Ended = tuple[Share, int]
 
 @dataclass(slots=True)
 class _Noted:
-    """Requests of a service that are not counted yet: nanoseconds of each, and the rows of those that shared a read.
+    """Reads for a service that are not counted yet.
 
-    ``missing``: what a read has of ``Share.missing``. Numbers and few bytes, as what is kept is no longer in the
-    processor's cache when it is counted; and lists, as to append to one needs no lock.
+    ``reads``: three numbers of each, one after the other: the nanoseconds that each of its requests took, how many
+    requests those are, and their rows. ``missing``: what some have of ``Share.missing``. Lists, as to extend one needs
+    no lock.
     """
 
     durations: Buckets
     tally: Tally
-    took_ns: list[int] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
+    reads: list[int] = field(default_factory=list)
     missing: list[tuple[bytes, bytes]] = field(default_factory=list)
 
     def count(self) -> None:
         """Count what was noted so far; what others note meanwhile stays."""
-        took_ns, rows, missing = len(self.took_ns), len(self.rows), len(self.missing)
-        self.durations.add_all(np.array(self.took_ns[:took_ns], np.int64))
-        self.tally.rows += sum(self.rows[:rows])
+        numbers, missing = len(self.reads), len(self.missing)
+        took_ns, requests, rows = np.array(self.reads[:numbers], np.int64).reshape(-1, 3).T
+        self.durations.add_all(took_ns, requests)
+        self.tally.rows += int(rows.sum())
         if missing:
             status, validity = zip(*self.missing[:missing], strict=True)
             self.tally.add_missing(b"".join(status), b"".join(validity))
-        del self.took_ns[:took_ns], self.rows[:rows], self.missing[:missing]
+        del self.reads[:numbers], self.missing[:missing]
 
 
 class Meter:
@@ -140,7 +141,9 @@ class Meter:
         self.ages_every_ns, self._of_workers = ages_every_ns, of_workers
         self._counted: dict[tuple[str, str, str], tuple[Buckets, Tally | None]] = {}
         self._noted: dict[tuple[str, str], _Noted] = {}
-        """Requests that were answered, by method and hash of the service."""
+        """Reads that were answered, by method and hash of the service."""
+        self._latest: tuple[Any, Any] = (None, None)
+        """The plan of the last share, and where that was noted: to look it up takes as long as to note."""
 
     @property
     def durations(self) -> Mapping[tuple[str, str, str], Buckets]:
@@ -175,15 +178,14 @@ class Meter:
         plan, matrix = record.plan, record.matrix
         if plan is not None and code == "OK" and not self._of_workers:
             if record.whole is not None:
-                noted = self._noted_of(method, plan)
-                noted.rows.append(record.whole)
-                noted.took_ns.append(ended_ns - begun_ns)
+                self._noted_of(method, plan).reads.extend((ended_ns - begun_ns, 1, record.whole))
                 return
             if matrix is not None and matrix.valid is not None and not record.ages:
                 noted = self._noted_of(method, plan)
-                noted.rows.append(len(matrix))
-                noted.took_ns.append(ended_ns - begun_ns)
-                self._miss(noted, (matrix.view_status.tobytes(), pack_rows(matrix.valid)))
+                noted.reads.extend((ended_ns - begun_ns, 1, len(matrix)))
+                noted.missing.append((matrix.view_status.tobytes(), pack_rows(matrix.valid)))
+                if matrix.valid.size > 8 * MOST_BYTES_NOTED:
+                    self._count(noted)
                 return
         with self._lock:
             if record.written is not None:
@@ -208,25 +210,31 @@ class Meter:
             if not self._of_workers:
                 self._counters(method, code, None)[0].add(0)
 
-    def note_together(self, method: str, ended: Sequence[Ended], begun_ns: Sequence[int]) -> None:
-        """Count requests that one thread answered together. ``begun_ns``: when each of all of them began."""
-        asked = None
+    def note_together(self, ended: Sequence[Ended], begun_ns: Sequence[int]) -> None:
+        """Count requests that one thread answered together. ``begun_ns``: when each of all began, in their order."""
+        plan, noted = self._latest
         for share, ended_ns in ended:
-            if share.asked is not asked:
-                asked = share.asked
-                noted = self._noted_of(method, asked.plan)
-            noted.rows.append(share.rows)
-            for number in share.numbers:
-                noted.took_ns.append(ended_ns - begun_ns[number])
+            if share.asked.plan is not plan or len(noted.reads) >= 3 * MOST_NOTED:
+                plan = share.asked.plan
+                noted = self._noted_of(SHARED, plan)
+                self._latest = plan, noted
+            numbers = share.numbers
+            first_ns = begun_ns[numbers[0]]
+            if first_ns == begun_ns[numbers[-1]]:
+                noted.reads.extend((ended_ns - first_ns, len(numbers), share.rows))
+            else:
+                noted.reads.extend((ended_ns - first_ns, 1, share.rows))
+                for number in numbers[1:]:
+                    noted.reads.extend((ended_ns - begun_ns[number], 1, 0))
             if share.missing is not None:
-                self._miss(noted, share.missing)
+                noted.missing.append(share.missing)
+                if len(share.missing[1]) > MOST_BYTES_NOTED:
+                    self._count(noted)
 
-    def add_together(
-        self, method: str, share: Share, matrix: FeatureMatrix, ended_ns: int, begun_ns: Sequence[int]
-    ) -> None:
+    def add_together(self, share: Share, matrix: FeatureMatrix, ended_ns: int, begun_ns: Sequence[int]) -> None:
         """Count requests of a share that were answered with these rows and their event times."""
         with self._lock:
-            durations, tally = self._counters(method, "OK", share.asked.plan)
+            durations, tally = self._counters(SHARED, "OK", share.asked.plan)
             durations.add_all(np.array([ended_ns - begun_ns[number] for number in share.numbers]))
             assert tally is not None
             tally.add(matrix)
@@ -234,7 +242,7 @@ class Meter:
             self._add_ages(matrix, share.now_us)
 
     def _noted_of(self, method: str, plan: ReadPlan) -> _Noted:
-        """Return where a request is noted, without the lock; what is there is counted first where it is much."""
+        """Return where a read is noted, without the lock; what is there is counted first where it is much."""
         key = method, plan.schema.hash
         noted = self._noted.get(key)
         if noted is None:
@@ -242,17 +250,13 @@ class Meter:
                 durations, tally = self._counters(method, "OK", plan)
                 assert tally is not None
                 return self._noted.setdefault(key, _Noted(durations, tally))
-        if len(noted.took_ns) >= MOST_NOTED or len(noted.missing) >= MOST_MISSING_NOTED:
-            with self._lock:
-                self._count_noted()
+        if len(noted.reads) >= 3 * MOST_NOTED:
+            self._count(noted)
         return noted
 
-    def _miss(self, noted: _Noted, missing: tuple[bytes, bytes]) -> None:
-        """Note what a read missed, whose rows are noted."""
-        noted.missing.append(missing)
-        if sum(map(len, missing)) > MOST_MISSING_BYTES:
-            with self._lock:
-                noted.count()
+    def _count(self, noted: _Noted) -> None:
+        with self._lock:
+            noted.count()
 
     def _count_noted(self) -> None:
         """Count what was noted, under the lock."""

@@ -294,14 +294,14 @@ class NativeServer:
             if meter is not None:
                 ended_ns = perf_counter_ns()
                 if matrix is not None and matrix.event_times is not None:
-                    meter.add_together("GetFeatures", share, matrix, ended_ns, taken_ns)
+                    meter.add_together(share, matrix, ended_ns, taken_ns)
                 else:
                     ended.append((share, ended_ns))
             if stages is not None:
                 waited = [(asked[number].taken_ns, asked[number].trace) for number in share.numbers]
                 trace_together("GetFeatures", share, matrix, waited, stages)
         if meter is not None and ended:
-            meter.note_together("GetFeatures", ended, taken_ns)
+            meter.note_together(ended, taken_ns)
         return answered
 
     def _answer(self, turn: Turn) -> None:

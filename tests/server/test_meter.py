@@ -94,13 +94,13 @@ def test_requests_that_share_a_read_are_counted_as_if_alone(
         matrix = random_matrix(plan, rng, plain=False)
         if rng.random() < 0.5:
             matrix = replace(matrix, event_times=None)
-        times_ns = rng.integers(1, 10**9, len(matrix)).tolist()
+        times_ns = np.sort(rng.integers(1, 10**9, len(matrix)))[::-1].tolist()
         share = Share(Asked(plan), list(range(len(matrix))), [], len(matrix), 10**12, missing(matrix))
         begun_ns = [5 - time_ns for time_ns in times_ns]
         if matrix.event_times is None:
-            shared.note_together("GetFeatures", [(share, 5)], begun_ns)
+            shared.note_together([(share, 5)], begun_ns)
         else:
-            shared.add_together("GetFeatures", share, matrix, 5, begun_ns)
+            shared.add_together(share, matrix, 5, begun_ns)
         for row, time_ns in enumerate(times_ns):
             record = Record()
             record.plan, record.matrix, record.now_us = plan, matrix.part(row, row + 1), 10**12
@@ -125,7 +125,9 @@ def test_what_is_noted_is_counted_when_it_is_looked_at(
     shared, alone = Meter(), Meter()
     for _ in range(200):
         requests = int(rng.integers(1, 17))
-        begun_ns = rng.integers(1, 10**9, requests).tolist()
+        begun_ns = np.sort(rng.integers(1, 10**9, requests)).tolist()
+        if rng.random() < 0.5:  # all taken at once
+            begun_ns = [begun_ns[0]] * requests
         of = rng.integers(2, size=requests)
         ended: list[Ended] = []
         for i, name in enumerate(("wide", "compact")):
@@ -138,7 +140,7 @@ def test_what_is_noted_is_counted_when_it_is_looked_at(
                 record = Record()
                 record.plan, record.whole = plan, 3
                 alone.add("GetFeatures", "OK", begun_ns[number], ended_ns, record)
-        shared.note_together("GetFeatures", ended, begun_ns)
+        shared.note_together(ended, begun_ns)
         if rng.random() < 0.05:
             assert {hash: tally.rows for hash, tally in shared.tallies.items()} == {
                 hash: tally.rows for hash, tally in alone.tallies.items()
@@ -152,13 +154,14 @@ def test_rows_with_nulls_are_counted_as_one_by_one(
     plans: dict[str, ReadPlan], monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
 ) -> None:
     """Answers of which some rows are not there, or hold a null, are counted: those noted, and large ones right away."""
-    monkeypatch.setattr(meter_module, "MOST_MISSING_NOTED", 50)
-    monkeypatch.setattr(meter_module, "MOST_MISSING_BYTES", 100)
+    monkeypatch.setattr(meter_module, "MOST_NOTED", 50)
+    monkeypatch.setattr(meter_module, "MOST_BYTES_NOTED", 50)
     plan, meter, expected = plans["ranking"], Meter(), Tally(plans["ranking"])
     noted_bytes = []
     for i in range(300):
         matrix = replace(random_matrix(plan, rng, plain=False), event_times=None)
-        noted_bytes.append(sum(map(len, missing(matrix) or ())))
+        assert matrix.valid is not None
+        noted_bytes.append(len(pack_rows(matrix.valid)))
         expected.add(matrix)
         if rng.random() < 0.5:
             record = Record()
@@ -166,7 +169,7 @@ def test_rows_with_nulls_are_counted_as_one_by_one(
             meter.add("GetFeatures", "OK", 5, 6, record)
         else:
             share = Share(Asked(plan), [0], [], len(matrix), missing=missing(matrix))
-            meter.note_together("GetFeatures", [(share, 6)], [5])
+            meter.note_together([(share, 6)], [5])
         if i % 70 == 0:
             assert meter.tallies[plan.schema.hash].rows == expected.rows
     (found,) = meter.tallies.values()
@@ -174,7 +177,7 @@ def test_rows_with_nulls_are_counted_as_one_by_one(
         expected.rows, expected.not_found, expected.expired, expected.nulls
     ]  # fmt: skip
     assert sum(meter.durations["GetFeatures", plan.schema.hash, "OK"].counts) == 300
-    assert min(noted_bytes) < 100 < max(noted_bytes)
+    assert min(noted_bytes) < 50 < max(noted_bytes)
 
 
 def test_ages_are_those_of_the_rows_that_were_served(plans: dict[str, ReadPlan], rng: np.random.Generator) -> None:
