@@ -8,11 +8,11 @@ Two processes of one program differ by a tenth, too, by how they happen to lie i
 a percent or two, and the speed of a shared machine changes from second to second. So it is one server of each
 transport, in this process, that tells now this and now that, for 50 ms each and in random order, while h2load goes on
 to load it. The server has a core, and h2load another. Requests count where they end, by h2load's log; what is told is
-the median of blocks of ten turns of each, a ratio of neighbours. A second turn of telling nothing says how far that can
-be trusted, and so does the standard error. Traces go to a collector in another process that takes them and does
-nothing; the thread that sends them does so in batches, now and then, so its time is shared out to all requests that it
-tells of. What a Prometheus takes that reads the metrics is told by itself. Then the same with no server, where the time
-that one request takes more can be told apart.
+the median, over rounds of one turn of each, of a ratio of neighbours. A second turn of telling nothing says how far
+that can be trusted, and so does the standard error. Traces go to a collector in another process that takes them and
+does nothing; the thread that sends them does so in batches, now and then, so its time is shared out to all requests
+that it tells of. What a Prometheus takes that reads the metrics is told by itself. Then the same with no server, where
+the time that one request takes more can be told apart.
 
     python -m bench.telemetry    take spans, and do nothing with them; print the endpoint
 """
@@ -58,9 +58,8 @@ ASKED = {"1 key": (1, 0), "100 keys": (100, 0), "1 key, not there": (0, 1), "100
 KEYS = (1, 100)
 """Of requests in process."""
 TARGET = 0.97
-LOADS, LOAD_S, STARTING_S, TURN_S, BLOCK = 8, 10.0, 0.5, 0.05, 10
-"""How often a server is loaded, for how long, how long that is left alone at first, the length of a turn, and the
-turns of each kind that are taken together."""
+LOADS, LOAD_S, STARTING_S, TURN_S = 8, 10.0, 0.5, 0.05
+"""How often a server is loaded, for how long, how long that is left alone at first, and the length of a turn."""
 SCRAPES = 20
 SENDER = "OtelBatchSpanRecordProcessor"
 """What OpenTelemetry calls the threads that send spans."""
@@ -71,7 +70,7 @@ EXPORT = "opentelemetry.proto.collector.trace.v1.TraceService"
 OFF, AGAIN, METRICS, BOTH = "off", "off again", "metrics", "both"
 
 Found = dict[str, Array]
-"""What was taken, or done, in each block of turns, by what was told."""
+"""What was taken, or done, in each round of turns, by what was told."""
 
 
 @dataclass(slots=True)
@@ -191,7 +190,7 @@ def settings_of(endpoint: str) -> dict[str, TelemetryConfig]:
 def in_turns(server: Listening, body: bytes) -> tuple[Found, Found]:
     """Load a server that tells each kind in turn.
 
-    Returns microseconds of processor for a request, and requests/s, of each kind, by block of turns.
+    Returns microseconds of processor for a request, and requests/s, of each kind, by round of turns.
     """
     kinds = list(server.kinds.values())
     sent_s = [kind.sending_s() for kind in kinds]
@@ -209,7 +208,7 @@ def load_once(
 ) -> tuple[Array, Array, Array]:
     """Load a server while it takes turns at what it tells, in each round in another order.
 
-    Returns requests that ended, seconds, and seconds of processor but for sending, each blocks x kinds.
+    Returns requests that ended, seconds, and seconds of processor but for sending, each rounds x kinds.
     """
     ends_s = time.time() + LOAD_S
     loading = pool.submit(h2load.run, server.address, body, seconds=LOAD_S)
@@ -228,13 +227,8 @@ def load_once(
     requests, _ = np.histogram(ended_us, np.array(at_s) * 1e6)
     by_kind = np.argsort(np.reshape(order, (-1, len(kinds))), axis=1)
     in_order = (np.reshape(each, by_kind.shape) for each in (requests, np.diff(at_s), np.diff(cpu_s)))
-    requests, took_s, busy_s = (blocks(np.take_along_axis(each, by_kind, axis=1)) for each in in_order)
+    requests, took_s, busy_s = (np.take_along_axis(each, by_kind, axis=1) for each in in_order)
     return requests, took_s, busy_s
-
-
-def blocks(rounds: Array) -> Array:
-    """Return the sums of each ``BLOCK`` rounds."""
-    return np.add.reduceat(rounds[: len(rounds) // BLOCK * BLOCK], np.arange(0, len(rounds) - BLOCK + 1, BLOCK))
 
 
 def answering_s() -> float:
@@ -249,8 +243,11 @@ def cpu_s(thread: Thread) -> float:
 
 
 def compare(told: str, cpu_us: Found, rates: Found) -> list[Figure]:
-    """Return what each did beside the mean of those that tell nothing, and what its processor time is to theirs."""
-    off_us, off_rates = ((found[OFF] + found[AGAIN]) / 2 for found in (cpu_us, rates))
+    """Return what each did beside the mean of those that tell nothing, and what its processor time is to theirs.
+
+    That mean is the geometric one: beside the other, which is never less, who is as fast would seem a little slower.
+    """
+    off_us, off_rates = (np.sqrt(found[OFF] * found[AGAIN]) for found in (cpu_us, rates))
     note = f"{number(float(np.median(off_us)))} us of processor each"
     figures = [Figure(f"{told}: {OFF}", float(np.median(off_rates)), "req/s", note=note)]
     apart, error = median_of(rates[OFF] / rates[AGAIN])
