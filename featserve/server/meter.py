@@ -142,8 +142,8 @@ class Meter:
         self._counted: dict[tuple[str, str, str], tuple[Buckets, Tally | None]] = {}
         self._noted: dict[tuple[str, str], _Noted] = {}
         """Reads that were answered, by method and hash of the service."""
-        self._latest: tuple[Any, Any] = (None, None)
-        """The plan of the last share, and where that was noted: to look it up takes as long as to note."""
+        self._latest: tuple[Any, str, Any] = (None, "", None)
+        """The plan and method of what was noted last, and where: to look it up takes as long as to note."""
 
     @property
     def durations(self) -> Mapping[tuple[str, str, str], Buckets]:
@@ -177,21 +177,26 @@ class Meter:
         """Count a request that began and ended at these readings of a stopwatch, with the name of its status code."""
         plan, matrix = record.plan, record.matrix
         if plan is not None and code == "OK" and not self._of_workers:
-            if record.whole is not None:
-                self._noted_of(method, plan).reads.extend((ended_ns - begun_ns, 1, record.whole))
-                return
-            if matrix is not None and matrix.valid is not None and not record.ages:
-                noted = self._noted_of(method, plan)
-                noted.reads.extend((ended_ns - begun_ns, 1, len(matrix)))
-                noted.missing.append((matrix.view_status.tobytes(), pack_rows(matrix.valid)))
-                if matrix.valid.size > 8 * MOST_BYTES_NOTED:
-                    self._count(noted)
+            rows, missing = record.whole, record.missing
+            if rows is None and matrix is not None and matrix.valid is not None and not record.ages:
+                rows = len(matrix)
+                if missing is None:
+                    missing = matrix.view_status.tobytes(), pack_rows(matrix.valid)
+            if rows is not None:
+                latest, latest_method, noted = self._latest
+                if plan is not latest or method != latest_method or len(noted.reads) >= 3 * MOST_NOTED:
+                    noted = self._noted_of(method, plan)
+                noted.reads.extend((ended_ns - begun_ns, 1, rows))
+                if missing is not None:
+                    noted.missing.append(missing)
+                    if len(missing[1]) > MOST_BYTES_NOTED:
+                        self._count(noted)
                 return
         with self._lock:
             if record.written is not None:
-                rows = self.written.setdefault(record.view, [0, 0])
-                rows[0] += record.written.rows
-                rows[1] += record.written.stored
+                written = self.written.setdefault(record.view, [0, 0])
+                written[0] += record.written.rows
+                written[1] += record.written.stored
             if record.pushed is not None:
                 self.pushed.setdefault(record.source, Counter()).update(record.pushed.outcomes())
             if self._of_workers:
@@ -212,12 +217,11 @@ class Meter:
 
     def note_together(self, ended: Sequence[Ended], begun_ns: Sequence[int]) -> None:
         """Count requests that one thread answered together. ``begun_ns``: when each of all began, in their order."""
-        plan, noted = self._latest
+        plan, method, noted = self._latest
         for share, ended_ns in ended:
-            if share.asked.plan is not plan or len(noted.reads) >= 3 * MOST_NOTED:
-                plan = share.asked.plan
+            if share.asked.plan is not plan or method != SHARED or len(noted.reads) >= 3 * MOST_NOTED:
+                plan, method = share.asked.plan, SHARED
                 noted = self._noted_of(SHARED, plan)
-                self._latest = plan, noted
             numbers = share.numbers
             first_ns = begun_ns[numbers[0]]
             if first_ns == begun_ns[numbers[-1]]:
@@ -252,6 +256,7 @@ class Meter:
                 return self._noted.setdefault(key, _Noted(durations, tally))
         if len(noted.reads) >= 3 * MOST_NOTED:
             self._count(noted)
+        self._latest = plan, method, noted
         return noted
 
     def _count(self, noted: _Noted) -> None:

@@ -45,8 +45,8 @@ class Record:
 
     ``stages``: where its time went; None where nobody asks. ``ages``: also look at how old the served values are.
     ``whole``: how many rows were read by ``plan``, where all were there and held no null, and their ages were not asked
-    for; else ``matrix``: those rows. ``error``: one that was sent as an answer. What is never set costs nothing: it
-    stays the class's own.
+    for; else ``matrix``: those rows, and ``missing``: what a share says of them. ``error``: one that was sent as an
+    answer. What is never set costs nothing: it stays the class's own.
     """
 
     stages: Stages | None = None
@@ -54,6 +54,7 @@ class Record:
     plan: ReadPlan | None = None
     whole: int | None = None
     matrix: FeatureMatrix | None = None
+    missing: tuple[bytes, bytes] | None = None
     now_us: int = 0
     view: str = ""
     written: Written | None = None
@@ -109,7 +110,7 @@ class Service:
         if matrix is None or (matrix.valid is None and not record.ages):
             record.whole = share.rows
         else:
-            record.matrix, record.now_us = matrix, share.now_us
+            record.matrix, record.missing, record.now_us = matrix, share.missing, share.now_us
         return answer
 
     def get_features_alone(self, data: bytes, call: Call) -> bytes:
