@@ -113,8 +113,8 @@ def test_a_client_that_does_not_read_is_not_buffered_for(answers: Server) -> Non
             assert call.result().rows == 10_000
         before = answers.memory_bytes()
         calls = [slow.StreamFeatures(requests()) for _ in range(4)]
-        # Of 8 GB of answers to 320 MB of requests it makes a few, and takes no more requests; some more are sent, as far
-        # as the kernel has room for them, which may be 33 MB on each side.
+        # Of 8 GB of answers to 320 MB of requests it makes a few, and takes no more requests; more are sent as far as
+        # the kernel has room for them, which may be 33 MB on each side.
         until("it waits for the client", lambda: taken and time.monotonic() - taken[-1] > 0.5)
         assert len(taken) < 1_500
         assert answers.memory_bytes() - before < 150 * MB
