@@ -166,8 +166,8 @@ def encode_matrix(
     )
     if matrix.valid is not None and not matrix.valid.all():
         answer.validity = pack_rows(matrix.valid)
-    for column in matrix.columns:
-        answer.columns.append(encode_column("", Column(column.type, column.values, column.offsets)))
+    if matrix.columns:
+        answer.columns.extend(_typed(matrix))
     if include_event_times and matrix.event_times is not None:
         answer.event_times = matrix.event_times.tobytes()
     if include_schema:
@@ -185,17 +185,19 @@ def encode_parts(matrix: FeatureMatrix, counts: Sequence[int]) -> tuple[list[byt
     stops = (0, *counts) if len(counts) == 1 else list(accumulate(counts, initial=0))
     status = matrix.view_status.tobytes()
     validity = b"" if matrix.valid is None else pack_rows(matrix.valid)
-    if matrix.columns:
-        own = (encode_matrix(matrix.part(*ends), include_event_times=False) for ends in pairwise(stops))
-        return [answer.SerializeToString() for answer in own], status, validity
     values = matrix.values.tobytes()
     wide, views = schema.width * schema.numpy_dtype.itemsize, len(schema.views)
     answers = []
     for start, stop in pairwise(stops):
         rows = stop - start
+        parts: tuple[bytes, ...]
         before, between = _around(schema.id, rows, rows * wide, rows * views)
         parts = (before, values[start * wide : stop * wide], between, status[start * views : stop * views])
-        answers.append(b"".join(parts + _field(validity, start, stop, len(schema.features)) if validity else parts))
+        if validity:
+            parts += _field(validity, start, stop, len(schema.features))
+        if matrix.columns:
+            parts += (pb.GetFeaturesResponse(columns=_typed(matrix.part(start, stop))).SerializeToString(),)
+        answers.append(b"".join(parts))
     return answers, status, validity
 
 
@@ -225,6 +227,11 @@ def _before_validity(size: int) -> bytes:
     """Return what stands in an answer before the validity of so many bytes."""
     field: bytes = pb.GetFeaturesResponse(validity=bytes(size)).SerializeToString()
     return field[: len(field) - size]
+
+
+def _typed(matrix: FeatureMatrix) -> list[pb.Column]:
+    """Return the features that the tensor does not hold; which of them are null the answer's validity says."""
+    return [encode_column("", Column(column.type, column.values, column.offsets)) for column in matrix.columns]
 
 
 def pack_rows(valid: Mask) -> bytes:

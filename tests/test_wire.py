@@ -390,13 +390,13 @@ def test_answers_in_parts_are_those_of_each_part(rng: np.random.Generator) -> No
     """The bytes of several answers made at once are those of each, where some hold nulls, all do or none."""
     for _ in range(60):
         features = int(rng.integers(1, 20))
-        fields = [Field(f"f{i}", String if rng.random() < 0.02 else Float32) for i in range(features)]
+        fields = [Field(f"f{i}", String if rng.random() < 0.05 else Float32) for i in range(features)]
         schema = compile_schema(FeatureService("s", [FeatureView("v", USER, fields)]))
         counts = rng.integers(1, 5, size=rng.integers(1, 9)).tolist()
         rows = sum(counts)
         by_row = np.repeat(rng.random((rows, 1)) < 0.6, features, axis=1)
         valid = [None, by_row, rng.random((rows, features)) < 0.9][rng.integers(3)]
-        columns = tuple(column(String, [None] * rows) for _ in schema.column_features)
+        columns = tuple(column(String, list(map(str, range(rows)))) for _ in schema.column_features)
         values = rng.random((rows, schema.width), np.float32)
         matrix = FeatureMatrix(schema, values, columns, rng.choice(np.array([1, 3], np.uint8), (rows, 1)), valid, None)
         answers, status, validity = encode_parts(matrix, counts)

@@ -35,8 +35,8 @@ AGE_US = tuple(
     int(seconds * 1_000_000)
     for seconds in (0.01, 0.1, 1, 10, 60, 300, 1_800, 3_600, 21_600, 86_400, 259_200, 604_800, 2_592_000, 31_536_000)
 )
-MOST_NOTED = 1_024
-"""Reads for a service that are noted before all are counted at once."""
+MOST_NOTED = 3 * 1_024
+"""Numbers, three of each read for a service, that are noted before all are counted at once."""
 MOST_BYTES_NOTED = 4_096
 """Bytes that tell what a read missed; where they are more, it is counted right away."""
 SHARED = "GetFeatures"
@@ -106,7 +106,8 @@ class _Noted:
 
     def count(self) -> None:
         """Count what was noted so far; what others note meanwhile stays."""
-        numbers, missing = len(self.reads), len(self.missing)
+        missing = len(self.missing)  # first, as a read is noted before what it missed
+        numbers = len(self.reads)
         took_ns, requests, rows = np.array(self.reads[:numbers], np.int64).reshape(-1, 3).T
         self.durations.add_all(took_ns, requests)
         self.tally.rows += int(rows.sum())
@@ -184,7 +185,7 @@ class Meter:
                     missing = matrix.view_status.tobytes(), pack_rows(matrix.valid)
             if rows is not None:
                 latest, latest_method, noted = self._latest
-                if plan is not latest or method != latest_method or len(noted.reads) >= 3 * MOST_NOTED:
+                if plan is not latest or method != latest_method or len(noted.reads) >= MOST_NOTED:
                     noted = self._noted_of(method, plan)
                 noted.reads.extend((ended_ns - begun_ns, 1, rows))
                 if missing is not None:
@@ -219,7 +220,7 @@ class Meter:
         """Count requests that one thread answered together. ``begun_ns``: when each of all began, in their order."""
         plan, method, noted = self._latest
         for share, ended_ns in ended:
-            if share.asked.plan is not plan or method != SHARED or len(noted.reads) >= 3 * MOST_NOTED:
+            if share.asked.plan is not plan or method != SHARED or len(noted.reads) >= MOST_NOTED:
                 plan, method = share.asked.plan, SHARED
                 noted = self._noted_of(SHARED, plan)
             numbers = share.numbers
@@ -254,7 +255,7 @@ class Meter:
                 durations, tally = self._counters(method, "OK", plan)
                 assert tally is not None
                 return self._noted.setdefault(key, _Noted(durations, tally))
-        if len(noted.reads) >= 3 * MOST_NOTED:
+        if len(noted.reads) >= MOST_NOTED:
             self._count(noted)
         self._latest = plan, method, noted
         return noted

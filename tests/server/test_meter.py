@@ -121,7 +121,7 @@ def test_what_is_noted_is_counted_when_it_is_looked_at(
     plans: dict[str, ReadPlan], monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
 ) -> None:
     """Requests for rows that were there are counted as if alone, however many are noted before somebody looks."""
-    monkeypatch.setattr(meter_module, "MOST_NOTED", 50)
+    monkeypatch.setattr(meter_module, "MOST_NOTED", 150)
     shared, alone = Meter(), Meter()
     for _ in range(200):
         requests = int(rng.integers(1, 17))
@@ -154,7 +154,7 @@ def test_rows_with_nulls_are_counted_as_one_by_one(
     plans: dict[str, ReadPlan], monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
 ) -> None:
     """Answers of which some rows are not there, or hold a null, are counted: those noted, and large ones right away."""
-    monkeypatch.setattr(meter_module, "MOST_NOTED", 50)
+    monkeypatch.setattr(meter_module, "MOST_NOTED", 150)
     monkeypatch.setattr(meter_module, "MOST_BYTES_NOTED", 50)
     plan, meter, expected = plans["ranking"], Meter(), Tally(plans["ranking"])
     noted_bytes = []
