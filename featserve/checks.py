@@ -56,7 +56,8 @@ def check_rows(rows: Rows, batch: EventBatch, latest_us: int | None = None, firs
         for name, times in (("event_time", batch.event_time_us), ("known_at", batch.known_at_us)):
             found.note(name, times > latest_us, partial(_late, times, last))
     for f in rows.features:
-        _check_field(f, batch.columns[f.name], found)
+        if f.constrained:
+            _check_field(f, batch.columns[f.name], found)
     if found.violations:
         shown = [f"{v.field}: {v.description}" for v in found.violations]
         more = f"; and {len(shown) - 3} more" if len(shown) > 3 else ""

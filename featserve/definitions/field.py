@@ -66,6 +66,11 @@ class Field:
             if (self.min is not None and self.default < self.min) or (self.max is not None and self.default > self.max):
                 raise DefinitionError(f"{what}: default {self.default!r} is outside of min and max")
 
+    @property
+    def constrained(self) -> bool:
+        """Whether there is a value that it does not take."""
+        return self.not_null or self.not_nan or self.min is not None or self.max is not None or self.allowed is not None
+
     def _value(self, role: str, value: Any) -> Any:
         """Return ``value`` in the one form that JSON holds exactly: instants in microseconds, bytes in latin-1.
 
