@@ -130,7 +130,7 @@ def in_turns(address: str, body: bytes, loads: tuple[float, ...]) -> Rounds:
             answer_bytes = bytes_of_answer(address, body)
             loaded = h2load.run(address, body, seconds=SECONDS, connections=CONNECTIONS, calls=calls)
             rates.append(loaded.answered(answer_bytes) / SECONDS)
-        peak = max(rates[-1] for rates in closed.values())
+        peak = max(map(statistics.median, closed.values()))  # the best of one round would be too much, by its noise
         for part in loads:
             answer_bytes = bytes_of_answer(address, body)
             loaded = h2load.run(address, body, seconds=SECONDS, connections=CONNECTIONS, rate=part * peak)
