@@ -6,15 +6,11 @@ this one. The servers have a core of their own, and what reads and writes has th
 of a server that has nothing to do with the writes wait, too, for the processor; what they wait tells how much of the
 ratio is not this server's own. Every row was read before, so that all turns find the same cache: the rows that are
 written are replaced in it.
-
-The target is for the p99 of all requests together. One burst of what else the machine does decides that; the median
-over turns, each of which has a ratio of its own, does not see it, and is told beside it.
 """
 
 from __future__ import annotations
 
 import shutil
-import statistics
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -103,9 +99,7 @@ def _figures(told: str, alone: list[Point], other: list[Point], own: list[Point]
     idle, beside, busy = (_all([point.total() for point in points]) for points in (alone, other, own))
     written = _all([point.total_writes() for point in own])
     p99s = [p99_us(total.latency) for total in (idle, beside, busy)]
-    p50s = [total.latency.quantile_ns(0.5) / 1e3 for total in (idle, busy)]
-    turns = statistics.median(_p99(with_) / _p99(without) for without, with_ in zip(alone, own, strict=True))
-    note = f"p50 {number(p50s[0])} us and {number(p50s[1])} us; the median of turns {number(turns)}"
+    note = f"p50 {number(idle.latency.quantile_ns(0.5) / 1e3)} us and {number(busy.latency.quantile_ns(0.5) / 1e3)} us"
     rows = written.answered * WRITTEN_AT_ONCE / written.seconds
     errors = sum((total.errors for total in (idle, beside, busy, written)), Counter[str]())
     return [
@@ -120,10 +114,6 @@ def _figures(told: str, alone: list[Point], other: list[Point], own: list[Point]
         Figure("  p99 with", p99s[2], "us", note=f"{busy.latency.count:,} requests, {number(rows)} rows/s written"),
         Figure("  errors", errors.total(), "", 0, at_most=True, note=", ".join(errors)),
     ]
-
-
-def _p99(point: Point) -> float:
-    return point.total().latency.quantile_ns(0.99)
 
 
 def _all(rounds: list[Round]) -> Round:

@@ -85,7 +85,7 @@ class OnDemandTransform:
             raise DefinitionError(f"{what}: outputs is a list of at least one Field")
         unique(what, "output", [f.name for f in outputs])
         for f in outputs:
-            if f.min is not None or f.max is not None or f.allowed is not None or f.not_null or f.not_nan:
+            if f.constrained:
                 raise DefinitionError(f"{what}: output {f.name!r}: constraints are for rows that are written")
         object.__setattr__(self, "inputs", inputs)
         object.__setattr__(self, "outputs", outputs)
