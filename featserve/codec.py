@@ -154,22 +154,20 @@ class RowCodec:
     def __init__(self, view: FeatureView) -> None:
         self.view = view.id
         self.features = tuple(view.features)
-        runs: dict[str, list[Field]] = {run: [] for run in _RUNS}
+        fixed = [(f, f.type.dtype.str) for f in self.features if f.type.dtype is not None]
+        runs = {run: [f for f, dtype in fixed if dtype == run] for run in _RUNS}
+        self.runs = {run: members for run, members in runs.items() if members}
         self.variable: tuple[str, ...] = tuple(f.name for f in self.features if f.type.variable)
-        for f in self.features:
-            if f.type.dtype is not None:
-                runs[f.type.dtype.str].append(f)
         self.place: dict[str, tuple[str, int]] = {}
         """Where a feature is: its run and its first element there; for strings "ends" and its number."""
         words = 4 + (len(self.features) + 63) // 64
         fields: list[tuple[Any, ...]] = [("words", ">u8", (words,))]
-        for run, members in runs.items():
+        for run, members in self.runs.items():
             at = 0
             for f in members:
                 self.place[f.name] = (run, at)
                 at += f.type.length
-            if at:
-                fields.append((run, run, (at,)))
+            fields.append((run, run, (at,)))
         for i, name in enumerate(self.variable):
             self.place[name] = ("ends", i)
         if self.variable:
@@ -218,24 +216,23 @@ class RowCodec:
         return starts if tail is None else list(map(bytes.__add__, starts, tail.to_bytes_list()))
 
     def _pack_block(self, batch: EventBatch, block: slice, fixed: Array) -> Column | None:
-        parts = {name: fixed[name] for name in self.dtype.names or ()}
-        words = parts["words"]
+        words = fixed["words"]
         words[:, 0] = self.lowest[0]
         for i, times in enumerate((batch.event_time_us, batch.known_at_us, batch.sequence)):
             words[:, i + 1] = times[block].view(np.uint64) ^ _SIGN
-        columns = [batch.columns[f.name] for f in self.features]
-        if all(col.valid is None for col in columns):
-            words[:, 4:] = self.lowest[4:]
-        else:
-            validity = np.ones((len(fixed), len(columns)), np.bool_)
-            for i, col in enumerate(columns):
-                if col.valid is not None:
-                    validity[:, i] = col.valid[block]
+        words[:, 4:] = self.lowest[4:]
+        nulls = [(i, valid) for i, f in enumerate(self.features) if (valid := batch.columns[f.name].valid) is not None]
+        if nulls:
+            validity = np.ones((len(fixed), len(self.features)), np.bool_)
+            for i, valid in nulls:
+                validity[:, i] = valid[block]
             words[:, 4:] = _pack(validity)
-        for f, col in zip(self.features, columns, strict=True):
-            if not f.type.variable:
-                run, at = self.place[f.name]
-                parts[run][:, slice(at, at + f.type.length) if f.type.vector else at] = self._filled(f, col, block)
+        for run, members in self.runs.items():
+            values = fixed[run]
+            for f in members:
+                _, at = self.place[f.name]
+                place = slice(at, at + f.type.length) if f.type.vector else at
+                values[:, place] = self._filled(f, batch.columns[f.name], block)
         return self._pack_strings(fixed, batch.columns, block) if self.variable else None
 
     def finish(
